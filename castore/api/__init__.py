@@ -1,0 +1,1 @@
+"""The programs' interfaces: control socket, and later HTTP."""

@@ -1,0 +1,96 @@
+"""Flights: one task for each span on its way, whoever waits for it. What is read or prefetched is not decided here.
+
+A flight belongs to the nursery of `run`, not to a reader: a reader that is cancelled takes nothing from the others, and
+every flight ends, because each of its gets has the backend's deadline.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+import trio
+
+from castore.blobs.fetch import BlockFetcher
+from castore.blobs.memory import KnownBlob, Span, SpanMemory
+from castore.blobs.stats import ReadStats
+from castore.catalog.records import Blob
+from castore.errors import CastoreError, StorageUnavailable
+
+MAX_GET_BYTES: Final = 8 * 1024 * 1024
+"""Bytes asked for in one get at most: a span is one buffer, and is waited for and evicted whole."""
+
+PREFETCH_BYTES: Final = 16 * 1024 * 1024
+"""Bytes on their way and prefetched ones not yet read, of all handles together, up to which there is prefetch. Reads
+that somebody waits for are not held back by it: their number is bounded by the number of readers."""
+
+_PREFETCH_SHARE: Final = 4
+"""And no more than this part of memory. 64 readers in turn touch as much again as is prefetched for them before they
+come to it: with a half, 25 % of it was evicted unread; with a quarter, 5 %."""
+
+_log = logging.getLogger(__name__)
+
+
+class Flights:
+    """Starts flights, and knows how much may be prefetched."""
+
+    def __init__(self, fetcher: BlockFetcher, memory: SpanMemory, stats: ReadStats) -> None:
+        self.memory = memory
+        self.stats = stats
+        self.streams = 0
+        """Handles that are read sequentially at present: they share what may be prefetched."""
+        self._fetcher = fetcher
+        self._nursery: trio.Nursery | None = None
+        self._prefetch_bytes = min(PREFETCH_BYTES, memory.max_bytes // _PREFETCH_SHARE)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Carry flights until cancelled; those under way fail then with StorageUnavailable."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                task_status.started()
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None
+
+    def share_bytes(self) -> int:
+        """How far ahead one sequential reader may be."""
+        return self._prefetch_bytes // max(1, self.streams)
+
+    def room_bytes(self) -> int:
+        """How much may be prefetched now."""
+        if self._nursery is None:
+            return 0
+        return max(0, self._prefetch_bytes - self.memory.in_flight_bytes - self.memory.unread_bytes)
+
+    def start(self, blob: Blob, known: KnownBlob, first: int, end: int, *, prefetched: bool) -> Span:
+        """Send for the blocks `first` to `end` (exclusive), none of which is in memory or on its way.
+
+        Raises StorageUnavailable when `run` does not run.
+        """
+        if self._nursery is None:
+            raise StorageUnavailable("reading has been stopped")
+        span = self.memory.begin(known, first, end, prefetched=prefetched)
+        self._nursery.start_soon(self._fly, blob, span)
+        return span
+
+    async def _fly(self, blob: Blob, span: Span) -> None:
+        try:
+            await self._fetcher.fill(blob, span.first, span.buffer)
+        except CastoreError as exc:
+            # Its frames would hold the buffer for as long as anyone holds the error.
+            span.error = exc.with_traceback(None)
+            self.memory.drop(span)
+        except Exception as exc:
+            if span.unread:
+                _log.error("prefetch of %s failed", blob.summary.digest, exc_info=exc)  # nobody may be waiting for it
+            span.error = exc
+            self.memory.drop(span)
+        except BaseException:
+            span.error = StorageUnavailable("reading has been stopped")
+            self.memory.drop(span)
+            raise
+        else:
+            self.memory.keep(span)
+        finally:
+            span.done.set()

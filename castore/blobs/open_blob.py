@@ -1,0 +1,133 @@
+"""One open blob: which spans a read needs, which to fetch ahead, and the bytes put together. Checks nothing itself."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import trio
+
+from castore.blobs.flights import MAX_GET_BYTES, Flights
+from castore.blobs.memory import KnownBlob, Span
+from castore.blobs.pattern import ReadPattern
+from castore.catalog.records import Blob
+from castore.errors import CastoreError
+
+_WIDER_FLIGHTS: Final = 2
+"""How often a read that shared a failed flight of more blocks than its own tries again with its own."""
+
+
+class OpenBlob:
+    """A handle on one blob, for any number of concurrent reads. What is prefetched follows the reads of this handle."""
+
+    __slots__ = ("_ahead", "_blob", "_block_count", "_flights", "_known", "_pattern", "_streaming")
+
+    def __init__(self, blob: Blob, known: KnownBlob, flights: Flights) -> None:
+        self._blob = blob
+        self._known = known
+        self._flights = flights
+        self._pattern = ReadPattern()
+        self._block_count = -(-known.size_bytes // known.block_size)
+        self._streaming = False
+        self._ahead: list[Span] = []
+
+    async def read(self, offset: int, length: int) -> bytes | memoryview:
+        """The bytes from `offset` on: `length` of them, fewer only at the end of the blob, none beyond it.
+
+        They are checked. A memoryview is read-only and holds its whole span in memory: let go of it soon.
+        Raises ValueError for a negative offset or length, BlockUnreadable when no location has good bytes, and a
+        StorageError when a location that cannot be asked at present may have them.
+        """
+        if offset < 0 or length < 0:
+            raise ValueError(f"cannot read {length} bytes at {offset}")
+        end = min(offset + length, self._known.size_bytes)
+        if offset >= end:
+            await trio.lowlevel.checkpoint()
+            return b""
+        first, last = offset // self._known.block_size, -(-end // self._known.block_size)
+        tries = 0
+        while True:
+            spans = self._cover(first, last)
+            if tries == 0:
+                self._prefetch(offset, end)
+            for span in spans:
+                await span.done.wait()
+            failed = next((span for span in spans if span.error is not None), None)
+            if failed is None:
+                slices = [span.view[max(0, offset - span.offset) : end - span.offset] for span in spans]
+                return slices[0] if len(slices) == 1 else b"".join(slices)
+            self._pattern.reset()
+            tries += 1
+            if tries > _WIDER_FLIGHTS or not _perhaps_elsewhere(failed, first, last):
+                raise failed.failure()
+
+    def close(self) -> None:
+        """End the prefetch of this handle. Idempotent; reads under way go on, none may begin."""
+        self._stream(False)
+
+    def _cover(self, first: int, end: int) -> list[Span]:
+        """The spans of the blocks `first` to `end` (exclusive), in order; those that nothing holds are sent for."""
+        known, flights = self._known, self._flights
+        spans: list[Span] = []
+        index = first
+        while index < end:
+            span = known.spans.get(index)
+            if span is None:
+                stop = self._gap_end(index, min(end, index + max(1, MAX_GET_BYTES // known.block_size)))
+                span = flights.start(self._blob, known, index, stop, prefetched=False)
+            spans.append(span)
+            blocks = min(end, span.end) - index
+            if span.done.is_set():
+                flights.stats.cache_hits += blocks
+            else:
+                flights.stats.cache_misses += blocks
+            flights.memory.touch(span, index, end)
+            index = span.end
+        return spans
+
+    def _gap_end(self, index: int, limit: int) -> int:
+        """Where the run of blocks that nothing holds ends; it begins at `index`."""
+        stop = index + 1
+        while stop < limit and stop not in self._known.spans:
+            stop += 1
+        return stop
+
+    def _prefetch(self, offset: int, end: int) -> None:
+        known, flights = self._known, self._flights
+        window = self._pattern.observe(offset, end)
+        if any(span.error is not None for span in self._ahead):
+            self._pattern.reset()
+            window = 0
+        self._stream(self._pattern.sequential)
+        if not window or end == known.size_bytes:
+            return
+        window = min(window, flights.share_bytes())
+        index = -(-end // known.block_size)
+        limit = min(-(-(end + window) // known.block_size), self._block_count)
+        while index < limit and index in known.spans:
+            index = known.spans[index].end
+        limit = min(limit, index + flights.room_bytes() // known.block_size)
+        # A few large gets instead of one for each read: wait until half of the window is missing.
+        if index >= limit or (limit < self._block_count and 2 * (limit - index) * known.block_size < window):
+            return
+        stop = self._gap_end(index, limit)
+        self._ahead = [span for span in self._ahead if span.unread]
+        self._ahead.append(flights.start(self._blob, known, index, stop, prefetched=True))
+        flights.stats.prefetched += stop - index
+
+    def _stream(self, streaming: bool) -> None:
+        if streaming is not self._streaming:
+            self._streaming = streaming
+            self._flights.streams += 1 if streaming else -1
+        if not streaming and self._ahead:
+            for span in self._ahead:
+                self._flights.memory.give_up(span)
+            self._ahead = []
+
+
+def _perhaps_elsewhere(failed: Span, first: int, end: int) -> bool:
+    """Whether the fault may lie in blocks that the read of `first` to `end` (exclusive) did not ask for."""
+    return (
+        (failed.first < first or failed.end > end)
+        and isinstance(failed.error, CastoreError)
+        and not failed.error.temporary
+    )

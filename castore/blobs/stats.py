@@ -1,0 +1,25 @@
+"""Counters of the read path. Plain integers; publishing them is left to whoever asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class ReadStats:
+    """What the read path did since it was made. Only ever counts up."""
+
+    gets: int = 0
+    """Gets sent to backends, those that failed among them."""
+    fetched_bytes: int = 0
+    """Bytes that backends gave."""
+    cache_hits: int = 0
+    """Blocks that were in memory when a read asked for them."""
+    cache_misses: int = 0
+    """Blocks that a read waited for; those that a prefetch had already sent for among them."""
+    prefetched: int = 0
+    """Blocks sent for before any read asked for them."""
+    prefetched_unread: int = 0
+    """Of these, blocks that were given up unread: evicted, failed, or left behind by their handle."""
+    bad_blocks: int = 0
+    """Blocks whose checksum differed, each time that one came."""

@@ -1,0 +1,181 @@
+"""Read-only access to the catalog: single lookups inline (about 10 us), scans in pages. It never writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from castore.catalog.connection import open_reader
+from castore.catalog.records import Blob, Entry, Kind, Location, LocationStatus, Package, PackageName
+from castore.digest import BlobSummary, Digest
+
+_ENTRY: Final = (
+    "entry_id, parent_id, name, inode, kind, mode, uid, gid, mtime_ns, ctime_ns, size_bytes, nlink, blob_id, target"
+)
+_BLOB: Final = "blob_id, algorithm, digest, size_bytes, block_size_bytes, checksum_algorithm, checksums"
+_NAME: Final = "name, inode, latest_inode, uid, gid, mode, mtime_ns, latest_version"
+_PACKAGE: Final = (
+    "package_id, name, version, root_id, producer, retention_class, publisher_uid, published_at_ns, file_count, "
+    "packages.size_bytes, blobs.algorithm, blobs.digest, backend_ids"
+)
+_PACKAGE_FROM: Final = "FROM packages JOIN blobs ON blobs.blob_id = packages.manifest_blob_id"
+
+
+def _entry(row: Any) -> Entry:
+    return Entry(row[0], row[1], row[2], row[3], Kind(row[4]), *row[5:])
+
+
+def _blob(row: Any) -> Blob:
+    return Blob(row[0], BlobSummary(Digest(row[1], row[2]), *row[3:]))
+
+
+def _package(row: Any) -> Package:
+    return Package(*row[:10], Digest(row[10], row[11]), tuple(json.loads(row[12])))
+
+
+class CatalogReader:
+    """One read-only connection. Each call sees all that was committed before it. Use it from one thread at a time.
+
+    Raises, on opening, StateError when there is no catalog and CatalogTooNew for one from the future.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._database = open_reader(path)
+        self._execute = self._database.conn.execute
+
+    @classmethod
+    def open(cls, path: Path) -> CatalogReader:
+        """The catalog at `path`."""
+        return cls(path)
+
+    def __enter__(self) -> CatalogReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._database.close()
+
+    def _one(self, sql: str, *parameters: Any) -> Any:
+        return self._execute(sql, parameters).fetchone()
+
+    def catalog_id(self) -> str:
+        """The UUID made when the catalog was made."""
+        return str(self._one("SELECT catalog_id FROM catalog_info")[0])
+
+    # entries
+
+    def entry(self, inode: int) -> Entry | None:
+        """The entry whose inode this is (the first name of a hard-linked one)."""
+        row = self._one(f"SELECT {_ENTRY} FROM entries WHERE entry_id = ?", inode)
+        return None if row is None else _entry(row)
+
+    def lookup(self, parent_id: int, name: bytes) -> Entry | None:
+        """The entry of that name in a directory."""
+        row = self._one(f"SELECT {_ENTRY} FROM entries WHERE parent_id = ? AND name = ?", parent_id, name)
+        return None if row is None else _entry(row)
+
+    def children(self, parent_id: int, after: int, limit: int) -> list[Entry]:
+        """Up to `limit` entries of a directory with an entry_id above `after`, ascending."""
+        rows = self._execute(
+            f"SELECT {_ENTRY} FROM entries WHERE parent_id = ? AND entry_id > ? ORDER BY entry_id LIMIT ?",
+            (parent_id, after, limit),
+        )
+        return [_entry(row) for row in rows]
+
+    def attributes(self, inode: int) -> dict[bytes, bytes]:
+        """The extended attributes that the publisher set."""
+        return dict(self._execute("SELECT name, value FROM entry_attributes WHERE inode = ?", (inode,)))
+
+    # names and packages
+
+    def package_name(self, name: str) -> PackageName | None:
+        """The row of a NAME that was ever published."""
+        row = self._one(f"SELECT {_NAME} FROM package_names WHERE name = ?", name)
+        return None if row is None else PackageName(*row)
+
+    def package_name_by_inode(self, inode: int) -> PackageName | None:
+        """The NAME whose directory or `latest` link has that inode."""
+        row = self._one(f"SELECT {_NAME} FROM package_names WHERE inode = ? OR latest_inode = ?", inode, inode)
+        return None if row is None else PackageName(*row)
+
+    def package_names(self, after: int, limit: int) -> list[PackageName]:
+        """Up to `limit` names that have a published version, with an inode above `after`, ascending."""
+        rows = self._execute(
+            f"SELECT {_NAME} FROM package_names WHERE inode > ? AND latest_version <> '' ORDER BY inode LIMIT ?",
+            (after, limit),
+        )
+        return [PackageName(*row) for row in rows]
+
+    def package(self, name: str, version: str) -> Package | None:
+        """One published package; `latest` is the version published last."""
+        if version == "latest":
+            known = self.package_name(name)
+            version = known.latest_version if known else ""
+        row = self._one(f"SELECT {_PACKAGE} {_PACKAGE_FROM} WHERE name = ? AND version = ?", name, version)
+        return None if row is None else _package(row)
+
+    def package_by_root(self, root_id: int) -> Package | None:
+        """The package whose root directory has that inode."""
+        row = self._one(f"SELECT {_PACKAGE} {_PACKAGE_FROM} WHERE root_id = ?", root_id)
+        return None if row is None else _package(row)
+
+    def packages(self) -> Iterator[Package]:
+        """All packages, by name, then by the time of publish."""
+        rows = self._execute(f"SELECT {_PACKAGE} {_PACKAGE_FROM} ORDER BY name, published_at_ns, version")
+        return (_package(row) for row in rows)
+
+    # blobs and locations
+
+    def blob(self, blob_id: int) -> Blob | None:
+        """A blob with its block checksums."""
+        row = self._one(f"SELECT {_BLOB} FROM blobs WHERE blob_id = ?", blob_id)
+        return None if row is None else _blob(row)
+
+    def blob_by_digest(self, digest: Digest) -> Blob | None:
+        """A blob with its block checksums."""
+        row = self._one(
+            f"SELECT {_BLOB} FROM blobs WHERE digest = ? AND algorithm = ?", digest.raw, digest.algorithm
+        )
+        return None if row is None else _blob(row)
+
+    def blob_digest(self, blob_id: int) -> tuple[Digest, int] | None:
+        """A blob's digest and size in bytes, without its checksums."""
+        row = self._one("SELECT algorithm, digest, size_bytes FROM blobs WHERE blob_id = ?", blob_id)
+        return None if row is None else (Digest(row[0], row[1]), int(row[2]))
+
+    def digests(self, algorithm: str, low: bytes, high: bytes, limit: int) -> list[tuple[int, Digest, int]]:
+        """Up to `limit` (blob_id, digest, size_bytes) with low <= raw digest < high, ascending."""
+        rows = self._execute(
+            "SELECT blob_id, digest, size_bytes FROM blobs WHERE algorithm = ? AND digest >= ? AND digest < ? "
+            "ORDER BY digest LIMIT ?",
+            (algorithm, low, high, limit),
+        )
+        return [(row[0], Digest(algorithm, row[1]), row[2]) for row in rows]
+
+    def locations(self, blob_id: int) -> list[Location]:
+        """Every place that the blob is stored, whatever its status; ordered by backend id."""
+        rows = self._execute(
+            "SELECT algorithm, digest, backend_id, status, reason, stored_at_ns, verified_at_ns "
+            "FROM storage_locations JOIN blobs USING (blob_id) WHERE blob_id = ? ORDER BY backend_id",
+            (blob_id,),
+        )
+        return [Location(Digest(row[0], row[1]), row[2], LocationStatus(row[3]), *row[4:]) for row in rows]
+
+    def location_counts(self) -> list[tuple[str, LocationStatus, int, int]]:
+        """(backend_id, status, number of locations, bytes), for every pair that occurs."""
+        rows = self._execute(
+            "SELECT backend_id, status, count(*), sum(size_bytes) FROM storage_locations JOIN blobs USING (blob_id) "
+            "GROUP BY backend_id, status ORDER BY backend_id, status"
+        )
+        return [(row[0], LocationStatus(row[1]), row[2], row[3]) for row in rows]
+
+    def totals(self) -> tuple[int, int]:
+        """(number of packages, bytes of their files)."""
+        row = self._one("SELECT count(*), coalesce(sum(size_bytes), 0) FROM packages")
+        return row[0], row[1]

@@ -1,0 +1,120 @@
+"""The rows of the catalog as frozen values. No SQL here."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from castore.digest import BlobSummary, Digest
+
+
+class Kind(enum.IntEnum):
+    """What an entry is; the number is what the catalog stores."""
+
+    DIRECTORY = 1
+    FILE = 2
+    SYMLINK = 3
+
+
+class LocationStatus(enum.StrEnum):
+    """How much is known of a location."""
+
+    STORED = "stored"
+    """The backend acknowledged the put; the bytes have not been re-read since."""
+    VERIFIED = "verified"
+    """The whole object was re-read and its digest agreed."""
+    FAILED = "failed"
+    """The bytes there are missing or wrong; `reason` says which."""
+    DELETING = "deleting"
+    """Garbage collection decided to delete it; nothing may count on it any more."""
+
+
+GOOD_STATUSES = (LocationStatus.STORED, LocationStatus.VERIFIED)
+
+
+class FailureReason(enum.StrEnum):
+    """Why a location is `failed`."""
+
+    DIGEST_MISMATCH = "digest_mismatch"
+    SIZE_MISMATCH = "size_mismatch"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name in a published package. Hard links are several entries with one `inode`.
+
+    `blob_id` is 0 unless the entry is a file; `target` is empty unless it is a symbolic link.
+    """
+
+    entry_id: int
+    parent_id: int
+    name: bytes
+    inode: int
+    kind: Kind
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+    ctime_ns: int
+    size_bytes: int
+    nlink: int
+    blob_id: int
+    target: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A blob that the catalog knows, with its block checksums."""
+
+    blob_id: int
+    summary: BlobSummary
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """The fact that a blob is stored in a backend."""
+
+    digest: Digest
+    backend_id: str
+    status: LocationStatus
+    reason: str
+    stored_at_ns: int
+    verified_at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackageName:
+    """A NAME below `packages/`: its inodes, and the owner, group and mode it keeps from its first publish."""
+
+    name: str
+    inode: int
+    latest_inode: int
+    uid: int
+    gid: int
+    mode: int
+    mtime_ns: int
+    latest_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """One published NAME/VERSION."""
+
+    package_id: int
+    name: str
+    version: str
+    root_id: int
+    producer: str
+    retention_class: str
+    publisher_uid: int
+    published_at_ns: int
+    file_count: int
+    size_bytes: int
+    manifest_digest: Digest
+    backend_ids: tuple[str, ...]
+
+    @property
+    def ref(self) -> str:
+        """`NAME/VERSION`."""
+        return f"{self.name}/{self.version}"

@@ -1,0 +1,197 @@
+"""The catalog's tables, every column explained, as migrations from the first version on. No queries here.
+
+Numbers that end in `_ns` are nanoseconds since the epoch, UTC. Booleans are 0 and 1. 0 and '' mean "none" where a
+column says so; NULL is used nowhere else than where a column says so. Names of entries are bytes, as Linux has them.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlite_utils import Database
+from sqlite_utils.migrations import Migrations
+
+SCHEMA_VERSION: Final = 1
+"""`PRAGMA user_version` of a catalog that has every migration below."""
+
+catalog_migrations = Migrations("castore.catalog")
+
+_TABLES_1: Final = (
+    # One row: what this catalog is.
+    """CREATE TABLE catalog_info (
+        only INTEGER PRIMARY KEY CHECK (only = 1),
+        catalog_id TEXT NOT NULL,             -- UUID made by `castore init`: the `source` of events
+        created_at_ns INTEGER NOT NULL
+    )""",
+    # Numbers handed out in ranges, so that inodes are unique over packages and ingest, and over processes.
+    """CREATE TABLE sequences (
+        name TEXT PRIMARY KEY,                -- 'inode': the one number space of entry ids and inodes
+        next_value INTEGER NOT NULL           -- the first number that no lease has handed out
+    ) WITHOUT ROWID""",
+    # A NAME below packages/. The row comes with its first published version.
+    """CREATE TABLE package_names (
+        name TEXT PRIMARY KEY,                -- NAME by the rule of docs/SEMANTICS.md
+        inode INTEGER NOT NULL UNIQUE,        -- of the directory packages/NAME; parent_id of its versions' roots
+        latest_inode INTEGER NOT NULL UNIQUE, -- of the symbolic link packages/NAME/latest
+        uid INTEGER NOT NULL,                 -- owner, group and mode of ingest/NAME at the first publish:
+        gid INTEGER NOT NULL,                 --   they decide who may add versions
+        mode INTEGER NOT NULL,                -- permission bits only
+        mtime_ns INTEGER NOT NULL,            -- the time of the last publish or delete
+        latest_version TEXT NOT NULL          -- the version published last; '' when all are deleted
+    ) WITHOUT ROWID""",
+    # The immutable bytes of files, and the manifests of packages (algorithm 'manifest-sha256').
+    """CREATE TABLE blobs (
+        blob_id INTEGER PRIMARY KEY,
+        algorithm TEXT NOT NULL,              -- of the digest
+        digest BLOB NOT NULL,                 -- 32 raw bytes
+        size_bytes INTEGER NOT NULL,
+        block_size_bytes INTEGER NOT NULL,    -- of this blob: the unit of its checksums
+        checksum_algorithm TEXT NOT NULL,     -- 'xxh3-64' or 'sha256'
+        checksums BLOB NOT NULL,              -- one after another, in order of blocks; empty for an empty blob
+        UNIQUE (digest, algorithm)
+    )""",
+    # Where blobs are.
+    """CREATE TABLE storage_locations (
+        blob_id INTEGER NOT NULL REFERENCES blobs (blob_id),
+        backend_id TEXT NOT NULL,             -- the id in the configuration
+        status TEXT NOT NULL CHECK (status IN ('stored', 'verified', 'failed', 'deleting')),
+        reason TEXT NOT NULL,                 -- '' unless failed: digest_mismatch, size_mismatch or missing
+        stored_at_ns INTEGER NOT NULL,        -- when the backend acknowledged the last put
+        verified_at_ns INTEGER NOT NULL,      -- when the object was last re-read whole; 0 for never
+        PRIMARY KEY (blob_id, backend_id)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX locations_by_status ON storage_locations (status, backend_id)",
+    # Puts that were begun. A row without its location after a crash means: the object may be there, whole.
+    """CREATE TABLE put_intents (
+        algorithm TEXT NOT NULL,
+        digest BLOB NOT NULL,
+        backend_id TEXT NOT NULL,
+        owner TEXT NOT NULL,                  -- which process: its UUID, so that only the dead ones' are taken over
+        created_at_ns INTEGER NOT NULL,
+        PRIMARY KEY (digest, algorithm, backend_id)
+    ) WITHOUT ROWID""",
+    # Published packages.
+    """CREATE TABLE packages (
+        package_id INTEGER PRIMARY KEY,
+        name TEXT NOT NULL REFERENCES package_names (name),
+        version TEXT NOT NULL,
+        root_id INTEGER NOT NULL,             -- entry_id and inode of its root directory
+        producer TEXT NOT NULL,
+        retention_class TEXT NOT NULL,
+        publisher_uid INTEGER NOT NULL,       -- who created the ingest directory, beside what was declared
+        published_at_ns INTEGER NOT NULL,
+        file_count INTEGER NOT NULL,          -- entries that are files
+        size_bytes INTEGER NOT NULL,          -- of all files, hard links counted once
+        manifest_blob_id INTEGER NOT NULL REFERENCES blobs (blob_id),
+        backend_ids TEXT NOT NULL,            -- JSON array: the backends that publish waited for, the primary one first
+        UNIQUE (name, version)
+    )""",
+    # The names in packages. The implicit rowid that ends every index makes entries_by_parent (parent, entry_id): readdir
+    # is one range scan whose cookie is the entry_id.
+    """CREATE TABLE entries (
+        entry_id INTEGER PRIMARY KEY,         -- from the 'inode' sequence; equals inode for an inode's first name
+        parent_id INTEGER NOT NULL,           -- inode of the directory; of packages/NAME for a root
+        name BLOB NOT NULL,
+        inode INTEGER NOT NULL,               -- further hard links repeat it, and every column below
+        kind INTEGER NOT NULL CHECK (kind IN (1, 2, 3)),  -- 1 directory, 2 file, 3 symbolic link
+        mode INTEGER NOT NULL,                -- permission bits only
+        uid INTEGER NOT NULL,
+        gid INTEGER NOT NULL,
+        mtime_ns INTEGER NOT NULL,
+        ctime_ns INTEGER NOT NULL,            -- when the package was published
+        size_bytes INTEGER NOT NULL,          -- of a file: its blob's; of a link: its target's; of a directory 0
+        nlink INTEGER NOT NULL,
+        blob_id INTEGER NOT NULL,             -- 0 unless a file
+        target BLOB NOT NULL                  -- '' unless a symbolic link
+    )""",
+    "CREATE UNIQUE INDEX entries_by_name ON entries (parent_id, name)",
+    "CREATE INDEX entries_by_parent ON entries (parent_id)",
+    "CREATE INDEX entries_by_blob ON entries (blob_id) WHERE blob_id <> 0",
+    # Extended attributes that publishers set (user.*), kept with the package.
+    """CREATE TABLE entry_attributes (
+        inode INTEGER NOT NULL,
+        name BLOB NOT NULL,
+        value BLOB NOT NULL,
+        PRIMARY KEY (inode, name)
+    ) WITHOUT ROWID""",
+    # What happened, in the transaction that made it so. Delivered from here, at least once.
+    """CREATE TABLE events (
+        sequence INTEGER PRIMARY KEY AUTOINCREMENT,  -- ascending; where followers go on
+        event_id TEXT NOT NULL UNIQUE,        -- CloudEvents `id`: a UUID
+        type TEXT NOT NULL,                   -- for example v1.package.published
+        subject TEXT NOT NULL,                -- a digest or a NAME/VERSION
+        time_ns INTEGER NOT NULL,
+        data TEXT NOT NULL                    -- JSON object, as docs/events/ describes it by type
+    )""",
+)
+
+
+@catalog_migrations(name="0001_first")
+def _first(db: Database) -> None:
+    for statement in _TABLES_1:
+        db.execute(statement)
+
+
+workspace_migrations = Migrations("castore.workspace")
+
+_WORKSPACE_1: Final = (
+    # What is at ingest/ and below it. The bytes of a file lie in staging/data/<inode in hex>.
+    """CREATE TABLE nodes (
+        inode INTEGER PRIMARY KEY,            -- from the catalog's 'inode' sequence; kept by publish
+        version_inode INTEGER NOT NULL,       -- the VERSION directory that it lies in, itself included; 0 for a NAME
+        kind INTEGER NOT NULL CHECK (kind IN (1, 2, 3)),
+        mode INTEGER NOT NULL,                -- permission bits
+        uid INTEGER NOT NULL,
+        gid INTEGER NOT NULL,
+        mtime_ns INTEGER NOT NULL,
+        ctime_ns INTEGER NOT NULL,
+        size_bytes INTEGER NOT NULL,          -- of a file: as of its last close
+        nlink INTEGER NOT NULL,               -- 0: unlinked and still open; swept at start
+        target BLOB NOT NULL,                 -- '' unless a symbolic link
+        state TEXT NOT NULL,                  -- a file's: receiving, staged, stored or failed; '' for others
+        error TEXT NOT NULL,                  -- why it is failed, or why publish failed (on a VERSION directory)
+        algorithm TEXT NOT NULL,              -- of the digest; '' while there is none
+        digest BLOB NOT NULL,                 -- of the bytes as of the last close; '' while not computed
+        block_size_bytes INTEGER NOT NULL,
+        checksum_algorithm TEXT NOT NULL,
+        checksums BLOB NOT NULL
+    )""",
+    "CREATE INDEX nodes_by_state ON nodes (state, version_inode) WHERE state <> ''",
+    "CREATE INDEX nodes_by_version ON nodes (version_inode)",
+    # Names. A readdir cookie is the link_id, which equals the inode for its first name: publish keeps cookies valid.
+    """CREATE TABLE links (
+        link_id INTEGER PRIMARY KEY,
+        parent INTEGER NOT NULL,              -- inode of the directory; INGEST_ROOT for a NAME
+        name BLOB NOT NULL,
+        inode INTEGER NOT NULL REFERENCES nodes (inode)
+    )""",
+    "CREATE UNIQUE INDEX links_by_name ON links (parent, name)",
+    "CREATE INDEX links_by_parent ON links (parent)",
+    "CREATE INDEX links_by_inode ON links (inode)",
+    # Extended attributes (user.*), those of publish among them.
+    """CREATE TABLE attributes (
+        inode INTEGER NOT NULL,
+        name BLOB NOT NULL,
+        value BLOB NOT NULL,
+        PRIMARY KEY (inode, name)
+    ) WITHOUT ROWID""",
+    # The inodes that packages/NAME and its `latest` have from the moment that ingest/NAME exists.
+    """CREATE TABLE names (
+        name TEXT PRIMARY KEY,
+        inode INTEGER NOT NULL,
+        latest_inode INTEGER NOT NULL
+    ) WITHOUT ROWID""",
+    # A publish under way: what a restart needs to finish or undo it.
+    """CREATE TABLE publishing (
+        version_inode INTEGER PRIMARY KEY,
+        name TEXT NOT NULL,                   -- the NAME/VERSION to be
+        version TEXT NOT NULL,
+        manifest BLOB NOT NULL                -- raw digest of the manifest object that may have been put
+    )""",
+)
+
+
+@workspace_migrations(name="0001_first")
+def _workspace_first(db: Database) -> None:
+    for statement in _WORKSPACE_1:
+        db.execute(statement)

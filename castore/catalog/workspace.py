@@ -1,0 +1,413 @@
+"""The ingest tree's rows: nodes, links, attributes. Only SQL; the rules of a file system are in `castore/ingest/tree.py`.
+
+The workspace is a database of its own, private to the writing daemon: it commits on every name that a user makes, so it
+runs with `synchronous = NORMAL` (a commit is a write to the page cache and survives a kill) and `sync()` makes all of
+it durable when a user asks for that. The catalog beside it stays small, slow and replicated.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from castore.catalog.connection import open_reader, open_writer, sqlite_errors
+from castore.catalog.records import Kind
+from castore.digest import BlobSummary, Digest
+
+_NODE: Final = "nodes.inode, version_inode, kind, mode, uid, gid, mtime_ns, ctime_ns, size_bytes, nlink, target, state"
+_SUMMARY: Final = "algorithm, digest, size_bytes, block_size_bytes, checksum_algorithm, checksums"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One inode of the ingest tree. `version_inode` is 0 for a NAME directory; `state` is '' unless it is a file."""
+
+    inode: int
+    version_inode: int
+    kind: Kind
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+    ctime_ns: int
+    size_bytes: int
+    nlink: int
+    target: bytes
+    state: str
+
+    @property
+    def is_version(self) -> bool:
+        """Whether this is a VERSION directory."""
+        return self.inode == self.version_inode
+
+
+@dataclass(frozen=True, slots=True)
+class Publishing:
+    """A publish that was begun: to be finished or undone after a crash."""
+
+    version_inode: int
+    name: str
+    version: str
+    manifest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StateCount:
+    """How many files of a version are in a state, and their bytes."""
+
+    state: str
+    file_count: int
+    size_bytes: int
+
+
+def _node(row: Any) -> Node:
+    return Node(row[0], row[1], Kind(row[2]), *row[3:])
+
+
+def _summary(row: Any) -> BlobSummary:
+    return BlobSummary(Digest(row[0], row[1]), *row[2:])
+
+
+class WorkspaceStore:
+    """Access to the workspace database; use it from one thread at a time. Single statements commit at once."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        self._database = open_reader(path) if read_only else open_writer(path, synchronous="NORMAL")
+        self._execute = self._database.conn.execute
+        self._depth = 0
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._database.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All statements inside commit together or not at all. Nests: only the outermost commits."""
+        if self._depth:
+            yield
+            return
+        self._depth += 1
+        try:
+            with sqlite_errors(self.path):
+                self._execute("BEGIN IMMEDIATE")
+                try:
+                    yield
+                    self._execute("COMMIT")
+                except BaseException:
+                    if self._database.conn.in_transaction:
+                        self._execute("ROLLBACK")
+                    raise
+        finally:
+            self._depth -= 1
+
+    def sync(self) -> None:
+        """Make everything committed so far durable against power loss. Blocks for the disk; safe in any thread."""
+        # Commits are in the write-ahead log's file already, and a checkpoint syncs the database by itself: the log's
+        # fsync is all that is missing. Never open the database file here: closing it would drop SQLite's POSIX locks.
+        log = f"{self.path}-wal"
+        if os.path.exists(log):
+            _fsync(log)
+        _fsync(str(self.path.parent))
+
+    # reading
+
+    def node(self, inode: int) -> Node | None:
+        """The node of that inode."""
+        row = self._execute(f"SELECT {_NODE} FROM nodes WHERE inode = ?", (inode,)).fetchone()
+        return None if row is None else _node(row)
+
+    def child(self, parent: int, name: bytes) -> Node | None:
+        """The node of that name in a directory."""
+        row = self._execute(
+            f"SELECT {_NODE} FROM links JOIN nodes USING (inode) WHERE parent = ? AND name = ?", (parent, name)
+        ).fetchone()
+        return None if row is None else _node(row)
+
+    def children(self, parent: int, after: int, limit: int) -> list[tuple[int, bytes, Node]]:
+        """Up to `limit` (cookie, name, node) of a directory with a cookie above `after`, ascending."""
+        rows = self._execute(
+            f"SELECT link_id, name, {_NODE} FROM links JOIN nodes USING (inode) "
+            "WHERE parent = ? AND link_id > ? ORDER BY link_id LIMIT ?",
+            (parent, after, limit),
+        )
+        return [(row[0], row[1], _node(row[2:])) for row in rows]
+
+    def is_empty(self, parent: int) -> bool:
+        """Whether a directory has no entries."""
+        return self._execute("SELECT 1 FROM links WHERE parent = ? LIMIT 1", (parent,)).fetchone() is None
+
+    def parent_of(self, inode: int) -> tuple[int, bytes] | None:
+        """(parent, name) of the first link of an inode."""
+        row = self._execute(
+            "SELECT parent, name FROM links WHERE inode = ? ORDER BY link_id LIMIT 1", (inode,)
+        ).fetchone()
+        return None if row is None else (row[0], row[1])
+
+    def summary(self, inode: int) -> BlobSummary | None:
+        """The digest and checksums of a closed file, or None while they are not computed."""
+        row = self._execute(f"SELECT {_SUMMARY} FROM nodes WHERE inode = ? AND algorithm <> ''", (inode,)).fetchone()
+        return None if row is None else _summary(row)
+
+    def error(self, inode: int) -> str:
+        """Why a file is failed, or why the last publish of a VERSION failed; '' for neither."""
+        row = self._execute("SELECT error FROM nodes WHERE inode = ?", (inode,)).fetchone()
+        return "" if row is None else str(row[0])
+
+    def attributes(self, inode: int) -> dict[bytes, bytes]:
+        """The extended attributes that users set."""
+        return dict(self._execute("SELECT name, value FROM attributes WHERE inode = ?", (inode,)))
+
+    def names(self, name: str) -> tuple[int, int] | None:
+        """(inode, latest_inode) that packages/NAME has."""
+        row = self._execute("SELECT inode, latest_inode FROM names WHERE name = ?", (name,)).fetchone()
+        return None if row is None else (row[0], row[1])
+
+    def name_of(self, packages_inode: int) -> str | None:
+        """The NAME whose packages/ directory or `latest` link has that inode."""
+        row = self._execute(
+            "SELECT name FROM names WHERE inode = ? OR latest_inode = ?", (packages_inode, packages_inode)
+        ).fetchone()
+        return None if row is None else str(row[0])
+
+    def take_staged(self, limit: int) -> list[tuple[int, int, BlobSummary]]:
+        """Mark up to `limit` staged files `uploading`; returns (inode, version_inode, summary) of each."""
+        rows = self._execute(
+            "UPDATE nodes SET state = 'uploading' WHERE inode IN "
+            "(SELECT inode FROM nodes WHERE state = 'staged' AND state <> '' LIMIT ?) "
+            f"RETURNING inode, version_inode, {_SUMMARY}",
+            (limit,),
+        ).fetchall()
+        return [(row[0], row[1], _summary(row[2:])) for row in rows]
+
+    def any_in_state(self, version_inode: int, *states: str) -> tuple[int, str] | None:
+        """(inode, error) of some linked file of a version in one of the states, or None."""
+        for state in states:
+            row = self._execute(
+                "SELECT inode, error FROM nodes WHERE state = ? AND state <> '' AND version_inode = ? AND nlink > 0 LIMIT 1",
+                (state, version_inode),
+            ).fetchone()
+            if row is not None:
+                return row[0], row[1]
+        return None
+
+    def receiving(self) -> list[Node]:
+        """Every file whose digest is not known: what a recovery has to hash."""
+        rows = self._execute(f"SELECT {_NODE} FROM nodes WHERE state = 'receiving' AND state <> '' AND nlink > 0")
+        return [_node(row) for row in rows]
+
+    def file_inodes(self) -> set[int]:
+        """The inodes of all files."""
+        return {row[0] for row in self._execute("SELECT inode FROM nodes WHERE state <> ''")}
+
+    def state_counts(self, version_inode: int | None = None) -> list[StateCount]:
+        """Files and bytes by state, of one version or of all."""
+        where = "" if version_inode is None else "AND version_inode = ?"
+        rows = self._execute(
+            f"SELECT state, count(*), sum(size_bytes) FROM nodes WHERE state <> '' AND nlink > 0 {where} GROUP BY state",
+            () if version_inode is None else (version_inode,),
+        )
+        return [StateCount(*row) for row in rows]
+
+    def staged_bytes_by_user(self) -> dict[int, int]:
+        """uid -> bytes of all its files."""
+        return dict(self._execute("SELECT uid, sum(size_bytes) FROM nodes WHERE state <> '' GROUP BY uid"))
+
+    def versions(self) -> list[tuple[str, str, int]]:
+        """(NAME, VERSION, inode) of every version in the ingest tree, by name."""
+        rows = self._execute(
+            "SELECT top.name, link.name, link.inode FROM nodes JOIN links AS link ON link.inode = nodes.inode "
+            "JOIN links AS top ON top.inode = link.parent "
+            "WHERE nodes.version_inode = nodes.inode ORDER BY top.name, link.name"
+        )
+        return [(row[0].decode(), row[1].decode(), row[2]) for row in rows]
+
+    def unlinked(self) -> list[int]:
+        """Inodes without a name: left open when a daemon ended."""
+        return [row[0] for row in self._execute("SELECT inode FROM nodes WHERE nlink = 0")]
+
+    def tree(self, version_inode: int) -> Iterator[tuple[int, int, bytes, Node]]:
+        """(link_id, parent, name, node) of everything in a version, its root first, parents before children."""
+        return (
+            (row[0], row[1], row[2], _node(row[3:]))
+            for row in self._execute(
+                "WITH RECURSIVE walk(link_id, parent, name, inode, depth) AS ("
+                "  SELECT link_id, parent, name, inode, 0 FROM links WHERE inode = ?"
+                "  UNION ALL SELECT links.link_id, links.parent, links.name, links.inode, depth + 1"
+                "  FROM walk JOIN links ON links.parent = walk.inode ORDER BY 5) "
+                f"SELECT link_id, parent, name, {_NODE} FROM walk JOIN nodes USING (inode)",
+                (version_inode,),
+            )
+        )
+
+    # writing
+
+    def insert_node(self, node: Node) -> None:
+        """Add a node without names."""
+        self._execute(
+            "INSERT INTO nodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '', '', x'', 0, '', x'')",
+            (
+                node.inode,
+                node.version_inode,
+                int(node.kind),
+                node.mode,
+                node.uid,
+                node.gid,
+                node.mtime_ns,
+                node.ctime_ns,
+                node.size_bytes,
+                node.nlink,
+                node.target,
+                node.state,
+            ),
+        )
+
+    def update_node(self, inode: int, **columns: Any) -> None:
+        """Set columns of a node."""
+        names = ", ".join(f"{name} = ?" for name in columns)
+        self._execute(f"UPDATE nodes SET {names} WHERE inode = ?", (*columns.values(), inode))
+
+    def set_summary(self, inode: int, summary: BlobSummary) -> None:
+        """The file's bytes have that digest: it is staged."""
+        self.update_node(
+            inode,
+            state="staged",
+            error="",
+            algorithm=summary.digest.algorithm,
+            digest=summary.digest.raw,
+            size_bytes=summary.size_bytes,
+            block_size_bytes=summary.block_size_bytes,
+            checksum_algorithm=summary.checksum_algorithm,
+            checksums=summary.checksums,
+        )
+
+    def clear_summary(self, inode: int) -> None:
+        """The file's bytes are about to change: it is receiving again."""
+        self.update_node(inode, state="receiving", error="", algorithm="", digest=b"", checksums=b"")
+
+    def move_state(self, inode: int, digest: Digest, *, state: str, error: str = "") -> bool:
+        """Set the state of a file whose bytes still have that digest; False when they changed meanwhile."""
+        cursor = self._execute(
+            "UPDATE nodes SET state = ?, error = ? WHERE inode = ? AND digest = ? AND algorithm = ?",
+            (state, error, inode, digest.raw, digest.algorithm),
+        )
+        return bool(cursor.rowcount)
+
+    def restage(self, *, version_inode: int | None = None, state: str = "failed") -> int:
+        """Put files in a state back to `staged`, to be put again. Returns how many."""
+        where = "" if version_inode is None else "AND version_inode = ?"
+        parameters = (state,) if version_inode is None else (state, version_inode)
+        cursor = self._execute(
+            f"UPDATE nodes SET state = 'staged', error = '' WHERE state = ? AND algorithm <> '' {where}", parameters
+        )
+        return int(cursor.rowcount)
+
+    def insert_link(self, link_id: int, parent: int, name: bytes, inode: int) -> None:
+        """Add a name."""
+        self._execute("INSERT INTO links VALUES (?, ?, ?, ?)", (link_id, parent, name, inode))
+
+    def delete_link(self, parent: int, name: bytes) -> None:
+        """Remove a name."""
+        self._execute("DELETE FROM links WHERE parent = ? AND name = ?", (parent, name))
+
+    def move_link(self, parent: int, name: bytes, new_parent: int, new_name: bytes) -> None:
+        """Rename; the cookie stays."""
+        self._execute(
+            "UPDATE links SET parent = ?, name = ? WHERE parent = ? AND name = ?", (new_parent, new_name, parent, name)
+        )
+
+    def touch(self, inode: int, now_ns: int) -> None:
+        """A directory's entries changed."""
+        self._execute("UPDATE nodes SET mtime_ns = ?, ctime_ns = ? WHERE inode = ?", (now_ns, now_ns, inode))
+
+    def delete_node(self, inode: int) -> None:
+        """Remove a node that has no names, and its attributes."""
+        self._execute("DELETE FROM attributes WHERE inode = ?", (inode,))
+        self._execute("DELETE FROM nodes WHERE inode = ?", (inode,))
+
+    def subtree_is_closed(self, inode: int) -> bool:
+        """Whether no file at or below `inode` has a link elsewhere."""
+        row = self._execute(
+            "WITH RECURSIVE walk(inode) AS (SELECT ? UNION ALL "
+            "  SELECT links.inode FROM walk JOIN links ON links.parent = walk.inode) "
+            "SELECT 1 FROM (SELECT inode, count(*) AS seen FROM walk GROUP BY inode) JOIN nodes USING (inode) "
+            "WHERE nodes.nlink > seen AND kind = 2 LIMIT 1",
+            (inode,),
+        ).fetchone()
+        return row is None
+
+    def move_subtree(self, inode: int, version_inode: int) -> None:
+        """Everything at or below `inode` lies in another version now; its stored files are routed anew."""
+        self._execute(
+            "WITH RECURSIVE walk(inode) AS (SELECT ? UNION "
+            "  SELECT links.inode FROM walk JOIN links ON links.parent = walk.inode) "
+            "UPDATE nodes SET version_inode = ?, state = CASE state WHEN 'stored' THEN 'staged' ELSE state END "
+            "WHERE inode IN (SELECT inode FROM walk)",
+            (inode, version_inode),
+        )
+
+    def set_attribute(self, inode: int, name: bytes, value: bytes) -> None:
+        """Set an extended attribute."""
+        self._execute("INSERT OR REPLACE INTO attributes VALUES (?, ?, ?)", (inode, name, value))
+
+    def remove_attribute(self, inode: int, name: bytes) -> bool:
+        """Remove an extended attribute; False when there is none."""
+        return bool(self._execute("DELETE FROM attributes WHERE inode = ? AND name = ?", (inode, name)).rowcount)
+
+    def add_names(self, name: str, inode: int, latest_inode: int) -> None:
+        """Fix the inodes of packages/NAME and its `latest`."""
+        self._execute("INSERT OR IGNORE INTO names VALUES (?, ?, ?)", (name, inode, latest_inode))
+
+    # publish
+
+    def begin_publishing(self, publishing: Publishing) -> None:
+        """Note a publish before anything of it can be seen."""
+        self._execute(
+            "INSERT OR REPLACE INTO publishing VALUES (?, ?, ?, ?)",
+            (publishing.version_inode, publishing.name, publishing.version, publishing.manifest),
+        )
+
+    def end_publishing(self, version_inode: int) -> None:
+        """The publish is done or undone."""
+        self._execute("DELETE FROM publishing WHERE version_inode = ?", (version_inode,))
+
+    def publishings(self) -> list[Publishing]:
+        """What was under way when the last daemon ended."""
+        rows = self._execute("SELECT version_inode, name, version, manifest FROM publishing")
+        return [Publishing(*row) for row in rows]
+
+    def settle_cookies(self, version_inode: int) -> None:
+        """Give each inode of a version one link whose link_id equals it: entries need that."""
+        self._execute(
+            "UPDATE links SET link_id = inode WHERE link_id IN ("
+            "  SELECT min(link_id) FROM links JOIN nodes USING (inode) WHERE version_inode = ? "
+            "  GROUP BY inode HAVING sum(link_id = inode) = 0)",
+            (version_inode,),
+        )
+
+    def remove_version(self, version_inode: int, limit: int) -> list[Node]:
+        """Forget up to `limit` nodes of a published version with their names; returns them, [] at the end."""
+        with self.transaction():
+            nodes = [
+                _node(row)
+                for row in self._execute(
+                    f"SELECT {_NODE} FROM nodes WHERE version_inode = ? LIMIT ?", (version_inode, limit)
+                )
+            ]
+            for node in nodes:
+                self._execute("DELETE FROM links WHERE inode = ?", (node.inode,))
+                self._execute("DELETE FROM attributes WHERE inode = ?", (node.inode,))
+                self._execute("DELETE FROM nodes WHERE inode = ?", (node.inode,))
+        return nodes
+
+
+def _fsync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

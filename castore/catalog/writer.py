@@ -1,0 +1,272 @@
+"""Writing to the catalog: one transaction at a time, each in a worker thread. Rules are not decided here.
+
+`CatalogWriter.run(work)` runs `work(transaction)` between BEGIN IMMEDIATE and COMMIT. What `work` reads through the
+transaction stays true until the commit: decisions that must not race (does the package exist, is the blob stored) are
+made inside.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from urllib.parse import quote
+
+import trio
+
+from castore.catalog.connection import open_writer, sqlite_errors
+from castore.catalog.records import GOOD_STATUSES, FailureReason
+from castore.digest import BlobSummary, Digest
+from castore.events import Event, data_json
+
+T = TypeVar("T")
+
+_GOOD: Final = tuple(str(status) for status in GOOD_STATUSES)
+
+
+class Transaction:
+    """The changes that can be made to the catalog. Valid only inside `CatalogWriter.run`."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._execute = connection.execute
+
+    # numbers
+
+    def lease_inodes(self, count: int) -> int:
+        """Take `count` consecutive inode numbers; the first of them is returned."""
+        row = self._execute(
+            "UPDATE sequences SET next_value = next_value + ? WHERE name = 'inode' RETURNING next_value", (count,)
+        ).fetchone()
+        return int(row[0]) - count
+
+    # intents
+
+    def add_intents(self, pairs: Iterable[tuple[Digest, str]], *, owner: str) -> None:
+        """Record that puts of (digest, backend id) are about to begin; `owner` is this process's UUID."""
+        now = time.time_ns()
+        self._connection.executemany(
+            "INSERT INTO put_intents VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT DO UPDATE SET owner = excluded.owner, created_at_ns = excluded.created_at_ns",
+            [(digest.algorithm, digest.raw, backend_id, owner, now) for digest, backend_id in pairs],
+        )
+
+    def drop_intents(self, pairs: Iterable[tuple[Digest, str]]) -> None:
+        """Forget intents whose puts ended, well or badly."""
+        self._connection.executemany(
+            "DELETE FROM put_intents WHERE digest = ? AND algorithm = ? AND backend_id = ?",
+            [(digest.raw, digest.algorithm, backend_id) for digest, backend_id in pairs],
+        )
+
+    def drop_intents_of_others(self, owner: str) -> int:
+        """Forget the intents of processes that are gone; the caller holds the store's lock. Returns how many."""
+        return int(self._execute("DELETE FROM put_intents WHERE owner <> ?", (owner,)).rowcount)
+
+    # blobs and locations
+
+    def ensure_blob(self, summary: BlobSummary) -> int:
+        """The blob_id of these bytes; a row is made when there is none."""
+        digest = summary.digest
+        known = self.blob_id(digest)
+        if known:
+            return known
+        row = self._execute(
+            "INSERT INTO blobs (algorithm, digest, size_bytes, block_size_bytes, checksum_algorithm, checksums) "
+            "VALUES (?, ?, ?, ?, ?, ?) RETURNING blob_id",
+            (
+                digest.algorithm,
+                digest.raw,
+                summary.size_bytes,
+                summary.block_size_bytes,
+                summary.checksum_algorithm,
+                summary.checksums,
+            ),
+        ).fetchone()
+        return int(row[0])
+
+    def blob_id(self, digest: Digest) -> int:
+        """The blob_id of a digest, or 0."""
+        row = self._execute(
+            "SELECT blob_id FROM blobs WHERE digest = ? AND algorithm = ?", (digest.raw, digest.algorithm)
+        ).fetchone()
+        return 0 if row is None else int(row[0])
+
+    def good_backends(self, digest: Digest) -> set[str]:
+        """The backends that hold the blob in a good location."""
+        rows = self._execute(
+            "SELECT backend_id FROM storage_locations JOIN blobs USING (blob_id) "
+            "WHERE digest = ? AND algorithm = ? AND status IN (?, ?)",
+            (digest.raw, digest.algorithm, *_GOOD),
+        )
+        return {row[0] for row in rows}
+
+    def add_locations(self, stored: Iterable[tuple[BlobSummary, str]]) -> None:
+        """Each (blob, backend id) was acknowledged: the location becomes `stored` and its intent goes."""
+        now = time.time_ns()
+        for summary, backend_id in stored:
+            self._execute(
+                "INSERT INTO storage_locations VALUES (?, ?, 'stored', '', ?, 0) ON CONFLICT DO UPDATE "
+                "SET status = 'stored', reason = '', stored_at_ns = excluded.stored_at_ns",
+                (self.ensure_blob(summary), backend_id, now),
+            )
+            self.drop_intents([(summary.digest, backend_id)])
+
+    def fail_location(self, digest: Digest, backend_id: str, reason: FailureReason) -> bool:
+        """The bytes there are missing or wrong. False when the location is unknown or failed already."""
+        cursor = self._execute(
+            "UPDATE storage_locations SET status = 'failed', reason = ? WHERE backend_id = ? AND status IN (?, ?) "
+            "AND blob_id = (SELECT blob_id FROM blobs WHERE digest = ? AND algorithm = ?)",
+            (str(reason), backend_id, *_GOOD, digest.raw, digest.algorithm),
+        )
+        return bool(cursor.rowcount)
+
+    # packages
+
+    def package_exists(self, name: str, version: str) -> bool:
+        """Whether NAME/VERSION is published."""
+        row = self._execute("SELECT 1 FROM packages WHERE name = ? AND version = ?", (name, version)).fetchone()
+        return row is not None
+
+    def root_exists(self, root_id: int) -> bool:
+        """Whether a published package has that root."""
+        return self._execute("SELECT 1 FROM packages WHERE root_id = ?", (root_id,)).fetchone() is not None
+
+    def add_package_name(
+        self, name: str, *, inode: int, latest_inode: int, uid: int, gid: int, mode: int, now_ns: int, version: str
+    ) -> int:
+        """Make NAME's row, or move its `latest` and time on; the first publish's owner and mode stay.
+
+        Returns the inode of packages/NAME.
+        """
+        row = self._execute(
+            "INSERT INTO package_names VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE "
+            "SET mtime_ns = excluded.mtime_ns, latest_version = excluded.latest_version RETURNING inode",
+            (name, inode, latest_inode, uid, gid, mode, now_ns, version),
+        ).fetchone()
+        return int(row[0])
+
+    def add_package(
+        self,
+        *,
+        name: str,
+        version: str,
+        root_id: int,
+        producer: str,
+        retention_class: str,
+        publisher_uid: int,
+        published_at_ns: int,
+        file_count: int,
+        size_bytes: int,
+        manifest: BlobSummary,
+        backend_ids: tuple[str, ...],
+    ) -> None:
+        """Make the package's row."""
+        self._execute(
+            "INSERT INTO packages (name, version, root_id, producer, retention_class, publisher_uid, published_at_ns, "
+            "file_count, size_bytes, manifest_blob_id, backend_ids) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                name,
+                version,
+                root_id,
+                producer,
+                retention_class,
+                publisher_uid,
+                published_at_ns,
+                file_count,
+                size_bytes,
+                self.ensure_blob(manifest),
+                json.dumps(list(backend_ids)),
+            ),
+        )
+
+    def unstored_file(self, version_inode: int, backend_id: str) -> int:
+        """The inode of some file of the attached workspace's version that has no good location there, or 0."""
+        row = self._execute(
+            "SELECT inode FROM workspace.nodes AS node WHERE version_inode = ? AND kind = 2 AND NOT EXISTS ("
+            "  SELECT 1 FROM blobs JOIN storage_locations AS location USING (blob_id) WHERE blobs.digest = node.digest "
+            "  AND blobs.algorithm = node.algorithm AND backend_id = ? AND location.status IN (?, ?)) LIMIT 1",
+            (version_inode, backend_id, *_GOOD),
+        ).fetchone()
+        return 0 if row is None else int(row[0])
+
+    def version_totals(self, version_inode: int) -> tuple[int, int]:
+        """(number of file entries, bytes of all files) of the attached workspace's version."""
+        row = self._execute(
+            "SELECT coalesce(sum(nlink), 0), coalesce(sum(size_bytes), 0) FROM workspace.nodes "
+            "WHERE version_inode = ? AND kind = 2",
+            (version_inode,),
+        ).fetchone()
+        return row[0], row[1]
+
+    def copy_entries(
+        self, version_inode: int, *, parent_id: int, name: str, now_ns: int, owner: tuple[int, int] | None
+    ) -> None:
+        """Make entries of the attached workspace's version, inodes kept; `owner` (uid, gid) replaces each entry's own."""
+        uid, gid = owner if owner is not None else (None, None)
+        self._execute(
+            "INSERT INTO entries SELECT link_id, iif(link.inode = :root, :parent, link.parent), "
+            "iif(link.inode = :root, :name, link.name), link.inode, kind, mode & 511, coalesce(:uid, uid), "
+            "coalesce(:gid, gid), mtime_ns, :now, node.size_bytes, nlink, coalesce(blob_id, 0), target "
+            "FROM workspace.nodes AS node JOIN workspace.links AS link ON link.inode = node.inode "
+            "LEFT JOIN blobs ON blobs.digest = node.digest AND blobs.algorithm = node.algorithm "
+            "WHERE version_inode = :root",
+            {"root": version_inode, "parent": parent_id, "name": name.encode(), "now": now_ns, "uid": uid, "gid": gid},
+        )
+        self._execute(
+            "INSERT INTO entry_attributes SELECT inode, name, value FROM workspace.attributes JOIN workspace.nodes "
+            "USING (inode) WHERE version_inode = ?",
+            (version_inode,),
+        )
+
+    def add_event(self, event: Event) -> None:
+        """Store an event with the change that it tells of."""
+        self._execute(
+            "INSERT INTO events (event_id, type, subject, time_ns, data) VALUES (?, ?, ?, ?, ?)",
+            (event.event_id, event.type, event.subject, event.time_ns, data_json(event)),
+        )
+
+
+class CatalogWriter:
+    """The one writing connection of a process. Other processes' writes are waited for, `BUSY_TIMEOUT_MS` at most."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._database = open_writer(path)
+        self._connection = self._database.conn
+        self._turn = trio.CapacityLimiter(1)
+
+    def close(self) -> None:
+        """Close the connection. Nothing may be running."""
+        self._database.close()
+
+    async def run(self, work: Callable[[Transaction], T], *, workspace: Path | None = None) -> T:
+        """Run `work` as one durable transaction; on an exception nothing of it remains.
+
+        `workspace` is attached read-only for its length. It runs in a thread, one at a time, and once begun it is not
+        cancelled. Raises CatalogBusy, StateError, and whatever `work` raises.
+        """
+        return await trio.to_thread.run_sync(self.run_sync, work, workspace, limiter=self._turn)
+
+    def run_sync(self, work: Callable[[Transaction], T], workspace: Path | None = None) -> T:
+        """`run` for programs without an event loop; not to be mixed with `run` at one time."""
+        with sqlite_errors(self.path):
+            if workspace is None:
+                return self._transact(work)
+            self._connection.execute("ATTACH ? AS workspace", (f"file:{quote(str(workspace))}?mode=ro",))
+            try:
+                return self._transact(work)
+            finally:
+                self._connection.execute("DETACH workspace")
+
+    def _transact(self, work: Callable[[Transaction], T]) -> T:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            result = work(Transaction(self._connection))
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+        return result

@@ -1,0 +1,200 @@
+"""`castore init`: make a configuration, a state directory, a catalog and the folders of local backends. Mounts nothing.
+
+What is there is kept, so it can be run again at any time; even `--force` sets a configuration aside, and deletes none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from castore.cli.output import print_columns, print_json, printable
+from castore.cli.session import Session, common_options, json_option
+from castore.errors import ConfigError, StateError
+
+if TYPE_CHECKING:
+    from castore.config import Config
+
+_TEMPLATE: Final = """\
+# The settings of a castore store. What is commented out shows the default.
+# Sizes are integers of bytes or texts such as "20GiB", durations are texts such as "5s".
+# Relative paths start at the folder of this file; ~ is the home directory.
+
+[store]
+state_dir = {state_dir}
+
+[cache]
+dir = {cache_dir}
+# max_bytes = "20GiB"
+
+[ingest]
+# default_retention_class = "standard"
+# publish_wait = "5s"             # how long a publish by rename waits for what is not stored yet
+# sync_wait = "10min"             # how long fsync of an ingest directory waits for the same
+# staging_max_bytes = "100GiB"    # what all users together may have staged
+# max_bytes_per_user = 0          # what one user may have staged; 0: no bound of its own
+# keep_owner = false              # whether published files keep the owner and group they had
+
+[backends.local]
+type = "local"
+path = {objects_dir}
+
+# [backends.remote]
+# type = "s3"
+# endpoint_url = "https://s3.example.internal"
+# region = "us-east-1"
+# bucket = "artifacts"
+# key_prefix = "castore"
+# access_key_ref = "env:CASTORE_ACCESS_KEY"            # env:NAME or file:PATH, never the key itself
+# secret_key_ref = "file:/run/secrets/castore_secret_key"
+# storage_class = "STANDARD"
+# sse = "AES256"                                      # or "aws:kms"; by default none
+# multipart_threshold_bytes = "16MiB"
+# multipart_chunk_bytes = "16MiB"
+
+[routing]
+default = "local"
+# function = "site_rules:choose"  # (retention_class, producer) -> backend id, instead of rules
+# [[routing.rules]]               # the first match wins; shell-style patterns
+# retention_class = "release"
+# producer = "ci-*"
+# backend = "remote"
+# copies = ["local"]              # further backends, put before publish returns
+
+[http]
+# listen = "127.0.0.1:8750"
+"""
+
+
+@click.command("init")
+@click.option(
+    "--state-dir",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Keep everything of a new store below DIR: catalog, cache and objects.",
+)
+@click.option(
+    "--force", is_flag=True, help="Write a new configuration even if there is one; the old one is kept as .old."
+)
+@json_option
+@common_options
+@click.pass_obj
+def command(session: Session, state_dir: Path | None, force: bool, as_json: bool) -> None:
+    """Write a commented castore.toml and create the catalog.
+
+    Run again, it creates what is missing and says what is there.
+    """
+    import trio
+
+    from castore.catalog.connection import create_catalog
+    from castore.config import LocalSettings, find_config, load_config, user_config_path
+    from castore.storage.open import create_backend
+
+    steps: list[dict[str, Any]] = []
+
+    def note(what: str, path: Path, created: bool) -> None:
+        steps.append({"what": what, "path": str(path), "created": created})
+
+    config_path = find_config(session.config_path, os.environ) or user_config_path().absolute()
+    fresh = force or not os.path.lexists(config_path)
+    if fresh:
+        if os.path.lexists(config_path):
+            note("former configuration", _set_aside(config_path), True)
+        _write_new(config_path, template(state_dir.expanduser().absolute() if state_dir else None))
+    note("configuration", config_path, fresh)
+    config = load_config(config_path)
+    if state_dir is not None:
+        _check_state_dir(config, state_dir)
+
+    note("state directory", config.store.state_dir, _make_folder(config.store.state_dir))
+    note("catalog", config.store.catalog_path, not config.store.catalog_path.exists())
+    create_catalog(config.store.catalog_path)
+    for backend_id, settings in config.backends.items():
+        if isinstance(settings, LocalSettings):
+            note(f"backend {backend_id}", settings.path, not settings.path.exists())
+            trio.run(create_backend, settings)
+    if as_json:
+        print_json({"config": str(config_path), "state_dir": str(config.store.state_dir), "steps": steps})
+    else:
+        print_columns(
+            ("created" if step["created"] else "exists", step["what"], printable(step["path"])) for step in steps
+        )
+
+
+def template(state_dir: Path | None) -> str:
+    """The text of a new castore.toml: with everything below `state_dir`, or in the user's folders when it is None."""
+    from castore.config import default_cache_dir, default_state_dir
+
+    state = state_dir or default_state_dir()
+    cache = state_dir / "cache" if state_dir else default_cache_dir()
+    paths: Mapping[str, Path] = {"state_dir": state, "cache_dir": cache, "objects_dir": state / "objects"}
+    return _TEMPLATE.format_map({name: _toml_string(path) for name, path in paths.items()})
+
+
+def _toml_string(path: Path) -> str:
+    # A JSON string is a TOML basic string, except that TOML wants DEL escaped, too.
+    return json.dumps(str(path), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _check_state_dir(config: Config, wanted: Path) -> None:
+    if config.store.state_dir != wanted.expanduser().absolute():
+        raise ConfigError(
+            f"{config.source}: store.state_dir is {config.store.state_dir} already; "
+            "give another --config, or --force to replace that file"
+        )
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a file to a name beside it that is free, and return that."""
+    number = 0
+    while os.path.lexists(kept := path.with_name(f"{path.name}.old{number or ''}")):
+        number += 1
+    path.rename(kept)
+    return kept
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Write a file that is not there yet: whole or not at all, and durably."""
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as exc:
+        raise ConfigError(f"{path}: a path in it is not UTF-8, which TOML does not allow") from exc
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                os.fchmod(descriptor, 0o644)  # It holds references to secrets, no secrets.
+                stream.write(data)
+                stream.flush()
+                os.fsync(descriptor)
+            os.link(temporary, path)  # Unlike a rename, it never replaces a file that came meanwhile.
+        finally:
+            Path(temporary).unlink()
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as exc:
+        raise ConfigError(f"{path}: cannot be written: {exc.strerror}") from exc
+
+
+def _make_folder(path: Path) -> bool:
+    """Make a folder that only its owner may enter, and what is missing above it; whether it was not there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700)
+    except FileExistsError as exc:
+        if not path.is_dir():
+            raise StateError(f"{path}: is not a directory") from exc
+        return False
+    except OSError as exc:
+        raise StateError(f"{path}: cannot be created: {exc.strerror}") from exc
+    return True

@@ -1,0 +1,96 @@
+"""How results are written: plain aligned columns for people, one JSON document for programs. Holds no progress."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final
+
+import click
+
+_IEC_UNITS: Final = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+_NS: Final = 10**9
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """One document, indented, in ASCII, so that any name survives any pipe."""
+    click.echo(json.dumps(document, indent=2))
+
+
+def print_columns(rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> None:
+    """Rows as columns two spaces apart; those with an index in `right` end at the same place, for numbers."""
+    lines = [list(row) for row in rows]
+    if not lines:
+        return
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        cells = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        click.echo("  ".join(cells).rstrip())
+
+
+def print_document(document: Mapping[str, Any]) -> None:
+    """A nested document as `dotted.key  value` lines; the suffixes `_bytes` and `_ns` become units."""
+    print_columns(_flat("", document))
+
+
+def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(f"{prefix}.{key}" if prefix else str(key), item)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _flat(f"{prefix}[{index}]", item)
+    else:
+        yield _readable(prefix, value)
+
+
+def _readable(key: str, value: Any) -> tuple[str, str]:
+    if isinstance(value, bool):
+        return printable(key), "yes" if value else "no"
+    if isinstance(value, int | float):
+        if key.endswith("_bytes"):
+            return printable(key.removesuffix("_bytes")), format_bytes(int(value))
+        if key.endswith("_at_ns"):
+            return printable(key.removesuffix("_ns")), format_time_ns(int(value))
+        if key.endswith("_ns"):
+            return printable(key.removesuffix("_ns")), f"{value / _NS:.3f} s"
+        if key.endswith("_seconds"):
+            return printable(key.removesuffix("_seconds")), f"{value:g} s"
+    return printable(key), "-" if value is None or value == "" else printable(str(value))
+
+
+def format_bytes(size_bytes: int) -> str:
+    """A size in IEC units with three digits or so: `0 B`, `1023 B`, `1.5 KiB`, `12 GiB`."""
+    if size_bytes < 1024:
+        return f"{size_bytes} B"
+    size = float(size_bytes)
+    for unit in _IEC_UNITS:
+        size /= 1024
+        # 1023.5 would be written as 1024.
+        if size < 1023.5 or unit == _IEC_UNITS[-1]:
+            break
+    return f"{size:.1f} {unit}" if size < 99.95 else f"{size:.0f} {unit}"
+
+
+def format_time_ns(time_ns: int) -> str:
+    """A time as ISO 8601 in the local zone, to the second; `-` for 0, which means never."""
+    if time_ns == 0:
+        return "-"
+    return datetime.fromtimestamp(time_ns // _NS).astimezone().isoformat(sep=" ")
+
+
+def printable(text: str | bytes) -> str:
+    """The text with everything escaped that a terminal might act on, and bytes that are not UTF-8 as `\\xNN`."""
+    if isinstance(text, bytes):
+        text = text.decode(errors="surrogateescape")
+    return "".join(char if char.isprintable() and char != "\\" else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    if 0xDC80 <= ord(char) <= 0xDCFF:
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode()

@@ -1,0 +1,70 @@
+"""Progress of a long command on standard error: a bar on a terminal, plain lines elsewhere. Results go elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, Protocol
+
+from castore.cli.output import format_bytes
+
+_LINE_SECONDS: Final = 2.0
+"""Between plain lines: a log of an hour's upload stays readable."""
+
+
+class ShowProgress(Protocol):
+    """Takes a snapshot of how far a command is."""
+
+    def __call__(self, *, done_bytes: int, total_bytes: int, files: str) -> None:
+        """`files` is the part of the line that counts files, in words."""
+
+
+@contextmanager
+def progress(title: str) -> Iterator[ShowProgress]:
+    """Show snapshots under a title while inside. Nothing is shown before the first one."""
+    if sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        with _bar(title) as show:
+            yield show
+    else:
+        yield _Lines(title)
+
+
+class _Lines:
+    """A line for each snapshot that differs from the last one, some seconds apart."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._last_line = ""
+        self._next_time = 0.0
+
+    def __call__(self, *, done_bytes: int, total_bytes: int, files: str) -> None:
+        line = f"{self._title}: {format_bytes(done_bytes)} of {format_bytes(total_bytes)}, {files}"
+        now = time.monotonic()
+        if line != self._last_line and now >= self._next_time:
+            print(line, file=sys.stderr, flush=True)
+            self._last_line, self._next_time = line, now + _LINE_SECONDS
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[ShowProgress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TextColumn("{task.fields[files]}", markup=False),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None, visible=False, files="")
+
+        def show(*, done_bytes: int, total_bytes: int, files: str) -> None:
+            bar.update(task, completed=done_bytes, total=total_bytes, files=files, visible=True)
+
+        yield show

@@ -1,0 +1,45 @@
+"""Events as frozen values, and their CloudEvents 1.0 form. Storing and delivering them is not done here."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+PACKAGE_PUBLISHED: Final = "v1.package.published"
+LOCATION_FAILED: Final = "v1.storage.location_failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened, not yet stored. `subject` is a digest or a NAME/VERSION."""
+
+    type: str
+    subject: str
+    data: dict[str, Any]
+    event_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    time_ns: int = field(default_factory=time.time_ns)
+
+
+def cloud_event(event: Event, *, source: str) -> dict[str, Any]:
+    """The JSON object of CloudEvents 1.0 (https://github.com/cloudevents/spec). `source` names the catalog."""
+    seconds, nanos = divmod(event.time_ns, 1_000_000_000)
+    stamp = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S") + f".{nanos // 1000:06d}Z"
+    return {
+        "specversion": "1.0",
+        "id": event.event_id,
+        "source": f"urn:castore:{source}",
+        "type": event.type,
+        "subject": event.subject,
+        "time": stamp,
+        "datacontenttype": "application/json",
+        "data": event.data,
+    }
+
+
+def data_json(event: Event) -> str:
+    """The `data` member as compact JSON, as the catalog stores it."""
+    return json.dumps(event.data, separators=(",", ":"), sort_keys=True)

@@ -1,0 +1,385 @@
+"""Staged files: the bytes below staging/data, open handles on them, and their digests. Names are not known here.
+
+A file is *dirty* from its first change until its digest is in the workspace. While it is written front to back it is
+hashed behind the writer; otherwise once more from the disk after the last writer is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import trio
+
+from castore.catalog.workspace import Node, WorkspaceStore
+from castore.digest import BlobHasher, BlobSummary
+from castore.errors import NotOpen, ReadOnly, StagingFull
+from castore.ingest.hashing import INLINE_BYTES, HashQueue, hash_file
+from castore.ingest.signal import Signal
+
+
+class StagedFile:
+    """One inode that is open, or whose digest is being computed. All its handles share it."""
+
+    __slots__ = (
+        "_changes",
+        "descriptor",
+        "handles",
+        "hash_end",
+        "hasher",
+        "inode",
+        "is_dirty",
+        "is_flushed",
+        "is_published",
+        "mtime_ns",
+        "path",
+        "pending",
+        "size_bytes",
+        "uid",
+        "version_inode",
+        "writers",
+    )
+
+    def __init__(self, node: Node, path: Path, descriptor: int) -> None:
+        self.inode = node.inode
+        self.version_inode = node.version_inode
+        self.uid = node.uid
+        self.path = path
+        self.descriptor = descriptor
+        self.size_bytes = node.size_bytes
+        self.mtime_ns = node.mtime_ns
+        self.is_dirty = node.state == "receiving"
+        self.is_flushed = False
+        self.is_published = False
+        self.handles = 0
+        self.writers = 0
+        self.pending = 0
+        """Hashing jobs of this file that are queued."""
+        self.hasher: BlobHasher | None = None
+        """Set while every byte so far came front to back."""
+        self.hash_end = 0
+        self._changes = 0
+
+    def set_mtime(self, mtime_ns: int) -> None:
+        """The user set the time: a recovery reads it from the staged file."""
+        self.mtime_ns = mtime_ns
+        os.utime(self.descriptor, ns=(mtime_ns, mtime_ns))
+
+    @property
+    def changes(self) -> int:
+        """Counts the changes of the bytes: a digest is good only for the count it was begun with."""
+        return self._changes
+
+    def changed(self) -> None:
+        """The bytes are about to change."""
+        self._changes += 1
+        self.is_flushed = False
+
+
+class StagedFiles:
+    """All staged files of a daemon, within the bounds on staged bytes."""
+
+    def __init__(
+        self,
+        store: WorkspaceStore,
+        folder: Path,
+        *,
+        hashes: HashQueue,
+        max_bytes: int,
+        max_bytes_per_user: int = 0,
+        on_staged: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._store = store
+        self.folder = folder
+        self._hashes = hashes
+        self._max_bytes = max_bytes
+        self._max_bytes_per_user = max_bytes_per_user
+        self._on_staged = on_staged
+        self._open: dict[int, StagedFile] = {}
+        self._bytes_by_user = store.staged_bytes_by_user()
+        self.staged_bytes = sum(self._bytes_by_user.values())
+        self.released = Signal()
+        """Pulsed whenever a writer is gone or a digest is there."""
+
+    # looking
+
+    def path(self, inode: int) -> Path:
+        """Where an inode's bytes lie."""
+        return self.folder / f"{inode:x}"
+
+    def open_file(self, inode: int) -> StagedFile | None:
+        """The file if it is open or being hashed."""
+        return self._open.get(inode)
+
+    def open_in(self, version_inode: int) -> Iterator[StagedFile]:
+        """The open files of a version."""
+        return (file for file in self._open.values() if file.version_inode == version_inode)
+
+    @property
+    def max_bytes(self) -> int:
+        """The bound on all staged bytes."""
+        return self._max_bytes
+
+    # recovery
+
+    def measure(self, node: Node) -> None:
+        """After a kill: size and time of a file that was receiving are what the disk says."""
+        path = self.path(node.inode)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            status = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        self._store.update_node(node.inode, size_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
+        self.staged_bytes += status.st_size - node.size_bytes
+        self._bytes_by_user[node.uid] = self._bytes_by_user.get(node.uid, 0) + status.st_size - node.size_bytes
+
+    async def rehash(self, node: Node) -> None:
+        """Queue the digest of a file that nobody has open."""
+        if node.inode not in self._open:
+            await self.release(self.open(node, writable=True), writable=True)
+
+    # handles
+
+    def create(self, node: Node) -> StagedFile:
+        """Open a new node's empty file for writing: one handle, one writer."""
+        path = self.path(node.inode)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        file = StagedFile(node, path, descriptor)
+        file.hasher = BlobHasher()
+        file.handles = file.writers = 1
+        self._open[node.inode] = file
+        return file
+
+    def open(self, node: Node, *, writable: bool) -> StagedFile:
+        """A handle on a node's bytes."""
+        file = self._open.get(node.inode)
+        if file is None:
+            path = self.path(node.inode)
+            file = StagedFile(node, path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            self._open[node.inode] = file
+        file.handles += 1
+        file.writers += writable
+        return file
+
+    async def release(self, file: StagedFile, *, writable: bool) -> None:
+        """A handle is gone; with the last writer the digest is computed if it is not known yet."""
+        file.handles -= 1
+        file.writers -= writable
+        if writable and not file.writers:
+            await self._finish(file, rehash=True)
+        self._close_if_unused(file)
+        self.released.pulse()
+
+    async def flush(self, file: StagedFile) -> None:
+        """A descriptor was closed: commit size and time; the digest too when the bytes came front to back."""
+        if not file.is_dirty or file.is_published:
+            return
+        file.is_flushed = True
+        await self._finish(file, rehash=False)
+        if file.is_dirty:
+            self._store.update_node(file.inode, size_bytes=file.size_bytes, mtime_ns=file.mtime_ns)
+
+    def _close_if_unused(self, file: StagedFile) -> None:
+        if file.handles or file.pending or self._open.get(file.inode) is not file:
+            return
+        del self._open[file.inode]
+        os.close(file.descriptor)
+        if file.is_published:
+            return
+        node = self._store.node(file.inode)
+        if node is None or node.nlink == 0:
+            self._store.delete_node(file.inode)
+            self.remove(file.inode, file.uid, file.size_bytes)
+
+    # bytes
+
+    @staticmethod
+    def read(file: StagedFile, offset: int, length: int) -> bytes:
+        """Up to `length` bytes; fewer only at the end."""
+        return os.pread(file.descriptor, length, offset)
+
+    async def write(self, file: StagedFile, offset: int, data: bytes) -> int:
+        """Write bytes; returns how many, fewer only when the disk is full. Raises StagingFull and OSError."""
+        self._begin_change(file)
+        self._reserve(file, max(0, offset + len(data) - file.size_bytes))
+        written = _pwrite_all(file.descriptor, data, offset)
+        end = offset + written
+        if end > file.size_bytes:
+            file.size_bytes = end
+        file.mtime_ns = time.time_ns()
+        hasher = file.hasher
+        if hasher is not None:
+            if offset != file.hash_end or written != len(data):
+                file.hasher = None
+            else:
+                file.hash_end = end
+                await self._hash(file, hasher, data)
+        return written
+
+    def truncate(self, file: StagedFile, size_bytes: int) -> None:
+        """Cut or extend with zeros. Raises StagingFull and OSError."""
+        self._begin_change(file)
+        self._reserve(file, size_bytes - file.size_bytes)
+        os.ftruncate(file.descriptor, size_bytes)
+        file.size_bytes = size_bytes
+        file.mtime_ns = time.time_ns()
+        file.hasher = BlobHasher() if size_bytes == 0 and not file.pending else None
+        file.hash_end = 0
+
+    def _begin_change(self, file: StagedFile) -> None:
+        if file.is_published:
+            raise ReadOnly("the file was published")
+        if not file.writers:
+            raise NotOpen("the handle is not open for writing")
+        if not file.is_dirty:
+            self._store.clear_summary(file.inode)
+            file.is_dirty = True
+            file.hasher = None
+        file.changed()
+
+    def _reserve(self, file: StagedFile, grow: int) -> None:
+        by_user = self._bytes_by_user.get(file.uid, 0)
+        if grow > 0:
+            if self.staged_bytes + grow > self._max_bytes:
+                raise StagingFull(f"staging is full: ingest.staging_max_bytes is {self._max_bytes}")
+            if self._max_bytes_per_user and by_user + grow > self._max_bytes_per_user:
+                raise StagingFull(f"uid {file.uid} staged all of ingest.max_bytes_per_user {self._max_bytes_per_user}")
+        # Counted before the bytes are there; a short write leaves the count too high until the file goes.
+        self.staged_bytes += grow
+        self._bytes_by_user[file.uid] = by_user + grow
+
+    async def _hash(self, file: StagedFile, hasher: BlobHasher, data: bytes) -> None:
+        if not file.pending and len(data) <= INLINE_BYTES:
+            hasher.update(data)
+            return
+
+        def done() -> None:
+            file.pending -= 1
+            self._close_if_unused(file)
+
+        file.pending += 1
+        await self._hashes.put(lambda: hasher.update(data), done)
+
+    # digests
+
+    async def _finish(self, file: StagedFile, *, rehash: bool) -> None:
+        """Bring the digest into the workspace, now or by a queued job."""
+        if not file.is_dirty or file.is_published:
+            return
+        hasher, changes = file.hasher, file.changes
+        if hasher is not None and file.hash_end == file.size_bytes:
+            file.hasher = None
+            if not file.pending:
+                self._staged(file, hasher.finish(), changes)
+                return
+            await self._queue_summary(file, hasher.finish, changes)
+        elif rehash:
+            # Chunks of an abandoned pass may still be queued; the new pass goes behind them.
+            await self._queue_summary(file, lambda: hash_file(file.descriptor), changes)
+
+    async def _queue_summary(self, file: StagedFile, work: Callable[[], BlobSummary], changes: int) -> None:
+        result: list[BlobSummary | OSError] = []
+
+        def run() -> None:
+            try:
+                result.append(work())
+            except OSError as exc:
+                result.append(exc)
+
+        def done() -> None:
+            file.pending -= 1
+            if isinstance(result[0], BlobSummary):
+                self._staged(file, result[0], changes)
+            else:
+                self._store.update_node(file.inode, state="failed", error=f"cannot be read: {result[0].strerror}")
+            self._close_if_unused(file)
+
+        file.pending += 1
+        await self._hashes.put(run, done)
+
+    def _staged(self, file: StagedFile, summary: BlobSummary, changes: int) -> None:
+        if changes != file.changes or not file.is_dirty:
+            return  # changed meanwhile: whoever changed it will finish it
+        with self._store.transaction():
+            self._store.set_summary(file.inode, summary)
+            self._store.update_node(file.inode, mtime_ns=file.mtime_ns)
+        file.is_dirty = False
+        self._on_staged()
+        self.released.pulse()
+
+    # durability and the end
+
+    async def sync(self, file: StagedFile) -> None:
+        """fsync: the file's bytes, its size and its names survive power loss. Raises OSError."""
+        if file.is_published:
+            return
+        self._store.update_node(file.inode, size_bytes=file.size_bytes, mtime_ns=file.mtime_ns)
+        await trio.to_thread.run_sync(self._sync_blocking, file.descriptor)
+
+    async def sync_names(self) -> None:
+        """Make every name committed so far durable."""
+        await trio.to_thread.run_sync(self._sync_blocking, None)
+
+    def _sync_blocking(self, descriptor: int | None) -> None:
+        if descriptor is not None:
+            os.fsync(descriptor)
+        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        self._store.sync()
+
+    def change_owner(self, inode: int, old_uid: int, new_uid: int, size_bytes: int) -> None:
+        """Count a file's bytes for another user."""
+        self._uncount(old_uid, size_bytes)
+        self.staged_bytes += size_bytes
+        self._bytes_by_user[new_uid] = self._bytes_by_user.get(new_uid, 0) + size_bytes
+        file = self._open.get(inode)
+        if file is not None:
+            file.uid = new_uid
+
+    def remove(self, inode: int, uid: int, size_bytes: int) -> None:
+        """The last name is gone: remove the bytes."""
+        self.path(inode).unlink(missing_ok=True)
+        self._uncount(uid, size_bytes)
+
+    def publish(self, nodes: Iterable[Node]) -> None:
+        """These files are published: open handles can only read on, the staged bytes go."""
+        for node in nodes:
+            file = self._open.get(node.inode)
+            if file is not None:
+                file.is_published = True
+            self.remove(node.inode, node.uid, node.size_bytes)
+
+    def _uncount(self, uid: int, size_bytes: int) -> None:
+        self.staged_bytes -= size_bytes
+        rest = self._bytes_by_user.get(uid, 0) - size_bytes
+        if rest > 0:
+            self._bytes_by_user[uid] = rest
+        else:
+            self._bytes_by_user.pop(uid, None)
+
+    def close(self) -> None:
+        """Close every descriptor; what is open stays dirty in the workspace, for recovery."""
+        for file in self._open.values():
+            if file.is_dirty and not file.is_published:
+                self._store.update_node(file.inode, size_bytes=file.size_bytes, mtime_ns=file.mtime_ns)
+            os.close(file.descriptor)
+        self._open.clear()
+
+
+def _pwrite_all(descriptor: int, data: bytes, offset: int) -> int:
+    written = 0
+    view = memoryview(data)
+    while written < len(data):
+        try:
+            written += os.pwrite(descriptor, view[written:], offset + written)
+        except OSError:
+            if not written:
+                raise
+            break  # the caller gets what was written now, and the error with its next write
+    return written

@@ -1,0 +1,459 @@
+"""Publish: an ingest version becomes a package, whole or not at all. Waiting for puts, then one transaction.
+
+Order, and what a crash leaves: the version is frozen; its manifest file is written; the workspace notes the publish; the
+manifest's intents are committed and it is put in every backend of the route; one catalog transaction makes package,
+entries and event (the moment of truth); the workspace forgets the version. Before that moment recovery deletes the
+manifest, after it recovery finishes forgetting.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from castore.catalog.records import Kind
+from castore.catalog.workspace import Node, Publishing, WorkspaceStore
+from castore.catalog.writer import CatalogWriter, Transaction
+from castore.digest import MANIFEST_ALGORITHM, BlobSummary, Digest
+from castore.errors import (
+    CastoreError,
+    Frozen,
+    InvalidName,
+    NotFound,
+    PackageExists,
+    PublishBusy,
+    StorageError,
+)
+from castore.events import PACKAGE_PUBLISHED, Event
+from castore.ingest.files import StagedFiles
+from castore.ingest.labels import LabelReader, Labels
+from castore.ingest.sums import check_sums
+from castore.ingest.tree import IngestTree
+from castore.ingest.uploader import Uploader
+from castore.registry.manifest import ManifestEntry, ManifestHeader, write_manifest
+from castore.registry.names import is_valid_version
+from castore.registry.routing import Route
+from castore.storage.source import FileSource
+from castore.storage.spi import StorageBackend
+
+log = logging.getLogger(__name__)
+
+UNFINISHED: Final = ("staged", "uploading", "receiving")
+FORGET_BATCH: Final = 2000
+"""Nodes forgotten in one go after a publish: about 20 ms of the loop."""
+POLL_SECONDS: Final = 0.25
+"""How often progress is reported while waiting."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishProgress:
+    """How much of a version is stored."""
+
+    stored_files: int
+    total_files: int
+    stored_bytes: int
+    total_bytes: int
+
+
+Report = Callable[[PublishProgress], Awaitable[None]]
+
+
+async def _silent(_: PublishProgress) -> None:
+    return
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """What is decided when a version is frozen."""
+
+    version_inode: int
+    name: str
+    version: str
+    name_node: Node
+    root: Node
+    labels: Labels
+    route: Route
+    published_at_ns: int
+
+
+class Publisher:
+    """Publishes versions of one ingest tree."""
+
+    def __init__(
+        self,
+        store: WorkspaceStore,
+        *,
+        tree: IngestTree,
+        files: StagedFiles,
+        uploader: Uploader,
+        labels: LabelReader,
+        writer: CatalogWriter,
+        backends: Mapping[str, StorageBackend],
+        manifests: Path,
+        owner: str,
+        keep_owner: bool,
+        on_published: Callable[[list[int]], Awaitable[None]],
+    ) -> None:
+        self._store = store
+        self._tree = tree
+        self._files = files
+        self._uploader = uploader
+        self._labels = labels
+        self._writer = writer
+        self._backends = backends
+        self._manifests = manifests
+        self._owner = owner
+        self._keep_owner = keep_owner
+        self._on_published = on_published
+
+    # waiting
+
+    def progress(self, version_inode: int) -> PublishProgress:
+        """How much of a version is stored now."""
+        counts = self._store.state_counts(version_inode)
+        stored = [count for count in counts if count.state == "stored"]
+        return PublishProgress(
+            sum(count.file_count for count in stored),
+            sum(count.file_count for count in counts),
+            sum(count.size_bytes for count in stored),
+            sum(count.size_bytes for count in counts),
+        )
+
+    async def wait_stored(self, version_inode: int, *, report: Report = _silent) -> None:
+        """Until every closed file of a version is stored; files open for writing are not waited for.
+
+        Failed files are tried once more. Raises StorageError with the reason when one fails again, NotFound when the
+        version goes away, DeadlineExceeded never: the caller bounds it.
+        """
+        self._uploader.retry_now(version_inode)
+        while self._tree.find(version_inode) is not None:
+            self._check_failed(version_inode)
+            if not self._unfinished(version_inode):
+                return
+            await report(self.progress(version_inode))
+            await self._next_change()
+        raise NotFound("the version is gone from ingest/")
+
+    def _unfinished(self, version_inode: int) -> bool:
+        found = self._store.any_in_state(version_inode, "staged", "uploading")
+        if found is not None:
+            return True
+        # A receiving file that nobody writes is being hashed.
+        return any(file.is_dirty and not file.writers for file in self._files.open_in(version_inode))
+
+    def _check_failed(self, version_inode: int) -> None:
+        failed = self._store.any_in_state(version_inode, "failed")
+        if failed is not None:
+            raise StorageError(failed[1] or "a file could not be stored")
+
+    async def _next_change(self) -> None:
+        with trio.move_on_after(POLL_SECONDS):
+            await self._uploader.progress.wait()
+
+    async def _wait_publishable(self, version_inode: int, report: Report) -> None:
+        self._uploader.retry_now(version_inode)
+        while True:
+            if self._tree.find(version_inode) is None:
+                raise NotFound("the version is gone from ingest/")
+            self._check_writers(version_inode)
+            self._check_failed(version_inode)
+            if self._store.any_in_state(version_inode, *UNFINISHED) is None and not self._writers(version_inode):
+                return
+            await report(self.progress(version_inode))
+            with trio.move_on_after(POLL_SECONDS):
+                async with trio.open_nursery() as nursery:
+                    for signal in (self._uploader.progress, self._files.released):
+                        nursery.start_soon(_wait_then_cancel, signal.wait, nursery.cancel_scope)
+
+    def _writers(self, version_inode: int) -> bool:
+        return any(file.writers for file in self._files.open_in(version_inode))
+
+    def _check_writers(self, version_inode: int) -> None:
+        """A file that is open for writing and was not closed since its last change makes publish busy at once."""
+        for file in self._files.open_in(version_inode):
+            if file.writers and file.is_dirty and not file.is_flushed:
+                raise PublishBusy("a file is open for writing")
+
+    # publishing
+
+    async def publish(
+        self, version_inode: int, name: str, version: bytes, *, wait_seconds: float, report: Report = _silent
+    ) -> None:
+        """Publish an ingest version as NAME/VERSION; returns when G1 holds.
+
+        Raises PackageExists, PublishBusy (open for writing; or not stored within `wait_seconds`; or being published by
+        someone else), InvalidName (another NAME), SumsMismatch, StorageError, StateError. On every error the ingest tree is as before, and the
+        reason is the version's error.
+        """
+        self._store.update_node(version_inode, error="")
+        try:
+            if not is_valid_version(version):
+                raise InvalidName(f"not a package VERSION: {version!r}")
+            await self._publish(version_inode, name, version.decode(), wait_seconds, report)
+        except CastoreError as exc:
+            self._store.update_node(version_inode, error=str(exc))
+            raise
+
+    async def _publish(
+        self, version_inode: int, name: str, version: str, wait_seconds: float, report: Report
+    ) -> None:
+        deadline = trio.current_time() + wait_seconds
+        if self._tree.version_path(version_inode)[0] != name:
+            raise InvalidName(f"a version of another package cannot be published as {name}/{version}")
+        if await self._writer.run(lambda transaction: transaction.package_exists(name, version)):
+            raise PackageExists(f"{name}/{version} is published already")
+        with trio.move_on_at(deadline) as waiting:
+            await self._wait_publishable(version_inode, report)
+        if waiting.cancelled_caught:
+            raise PublishBusy(self._busy_reason(version_inode))
+        labels = await self._labels.labels(version_inode)
+        route = await self._uploader.route(version_inode)
+        async with self._frozen(version_inode):
+            draft = self._draft(version_inode, name, version, labels, route)
+            with trio.move_on_at(max(deadline, trio.current_time() + 1.0)) as putting:
+                manifest = await self._put_manifest(draft)
+            if putting.cancelled_caught:
+                await self._undo(version_inode, route)
+                raise PublishBusy("the package's manifest was not stored in time; try again")
+            try:
+                await self._commit(draft, manifest)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self._undo(version_inode, route)
+                raise
+            self._tree.hand_over(version_inode)
+        with trio.CancelScope(shield=True):
+            await self.forget(version_inode)
+
+    def _busy_reason(self, version_inode: int) -> str:
+        now = self.progress(version_inode)
+        if now.stored_files == now.total_files:
+            return "a file is open for writing"
+        files, size = now.total_files - now.stored_files, now.total_bytes - now.stored_bytes
+        return f"{files} of {now.total_files} files ({size} bytes) are not stored yet; try again"
+
+    @asynccontextmanager
+    async def _frozen(self, version_inode: int) -> AsyncIterator[None]:
+        # No checkpoint between this look and the freeze.
+        if self._store.any_in_state(version_inode, *UNFINISHED, "failed") or self._writers(version_inode):
+            raise PublishBusy("files changed while the package was about to be published; try again")
+        root = self._tree.get(version_inode)
+        try:
+            self._tree.check_writable(root)
+        except Frozen as exc:
+            raise PublishBusy("the package is being published by someone else") from exc
+        self._tree.freeze(version_inode)
+        try:
+            yield
+        finally:
+            self._tree.thaw(version_inode)
+
+    def _draft(self, version_inode: int, name: str, version: str, labels: Labels, route: Route) -> _Draft:
+        parent = self._tree.parent(version_inode)
+        self._store.settle_cookies(version_inode)
+        return _Draft(
+            version_inode,
+            name,
+            version,
+            self._tree.get(parent),
+            self._tree.get(version_inode),
+            labels,
+            route,
+            time.time_ns(),
+        )
+
+    async def _put_manifest(self, draft: _Draft) -> BlobSummary:
+        path = self._manifests / f"{draft.version_inode:x}"
+        summary = await trio.to_thread.run_sync(self._write_manifest, path, draft)
+        self._store.begin_publishing(
+            Publishing(draft.version_inode, draft.name, draft.version, summary.digest.raw)
+        )
+        # The note must not be lost by a power cut that keeps the manifest.
+        await self._files.sync_names()
+        pairs = [(summary.digest, backend_id) for backend_id in draft.route.backend_ids]
+        await self._writer.run(lambda transaction: transaction.add_intents(pairs, owner=self._owner))
+        try:
+            for backend_id in draft.route.backend_ids:
+                await self._backends[backend_id].put(summary.digest, FileSource(path, summary))
+        except StorageError:
+            with trio.CancelScope(shield=True):
+                await self._undo(draft.version_inode, draft.route)
+            raise
+        return summary
+
+    def _write_manifest(self, path: Path, draft: _Draft) -> BlobSummary:
+        store = WorkspaceStore(self._store.path, read_only=True)
+        try:
+            check_sums(store, draft.version_inode, self._files.path)
+            name = draft.name_node
+            header = ManifestHeader(
+                name=draft.name,
+                version=draft.version,
+                producer=draft.labels.producer,
+                retention_class=draft.labels.retention_class,
+                publisher_uid=draft.labels.uid,
+                published_at_ns=draft.published_at_ns,
+                backend_ids=draft.route.backend_ids,
+                name_uid=name.uid,
+                name_gid=name.gid,
+                name_mode=name.mode & 0o777,
+            )
+            owner = None if self._keep_owner else (draft.root.uid, draft.root.gid)
+            return write_manifest(path, header, manifest_entries(store, draft.version_inode, owner))
+        finally:
+            store.close()
+
+    async def _commit(self, draft: _Draft, manifest: BlobSummary) -> None:
+        inode, latest_inode = self._store.names(draft.name) or (0, 0)
+        owner = None if self._keep_owner else (draft.root.uid, draft.root.gid)
+
+        def work(transaction: Transaction) -> int:
+            if transaction.package_exists(draft.name, draft.version):
+                raise PackageExists(f"{draft.name}/{draft.version} is published already")
+            for backend_id in draft.route.backend_ids:
+                lost = transaction.unstored_file(draft.version_inode, backend_id)
+                if lost:
+                    return lost
+            transaction.add_locations([(manifest, backend_id) for backend_id in draft.route.backend_ids])
+            parent_id = transaction.add_package_name(
+                draft.name,
+                inode=inode,
+                latest_inode=latest_inode,
+                uid=draft.name_node.uid,
+                gid=draft.name_node.gid,
+                mode=draft.name_node.mode & 0o777,
+                now_ns=draft.published_at_ns,
+                version=draft.version,
+            )
+            file_count, size_bytes = transaction.version_totals(draft.version_inode)
+            transaction.copy_entries(
+                draft.version_inode,
+                parent_id=parent_id,
+                name=draft.version,
+                now_ns=draft.published_at_ns,
+                owner=owner,
+            )
+            transaction.add_package(
+                name=draft.name,
+                version=draft.version,
+                root_id=draft.version_inode,
+                producer=draft.labels.producer,
+                retention_class=draft.labels.retention_class,
+                publisher_uid=draft.labels.uid,
+                published_at_ns=draft.published_at_ns,
+                file_count=file_count,
+                size_bytes=size_bytes,
+                manifest=manifest,
+                backend_ids=draft.route.backend_ids,
+            )
+            transaction.add_event(_published_event(draft, manifest.digest, file_count, size_bytes))
+            return 0
+
+        if await self._writer.run(work, workspace=self._store.path):
+            # A location went bad or was deleted since: the bytes are still staged, put them again.
+            self._store.restage(version_inode=draft.version_inode, state="stored")
+            self._uploader.wake()
+            raise PublishBusy("a stored file has to be stored again; try again")
+
+    # afterwards
+
+    async def forget(self, version_inode: int) -> None:
+        """The version is in the catalog: drop its rows and staged bytes. Also what recovery does."""
+        self._tree.hand_over(version_inode)
+        link = self._store.parent_of(version_inode)
+        if link is not None:
+            with self._store.transaction():
+                self._store.delete_link(*link)
+                self._store.touch(link[0], time.time_ns())
+        while nodes := self._store.remove_version(version_inode, FORGET_BATCH):
+            self._files.publish(node for node in nodes if node.kind is Kind.FILE)
+            await self._on_published([node.inode for node in nodes])
+            await trio.lowlevel.checkpoint()
+        self._store.end_publishing(version_inode)
+        (self._manifests / f"{version_inode:x}").unlink(missing_ok=True)
+        self._tree.forget(version_inode)
+
+    async def _undo(self, version_inode: int, route: Route) -> None:
+        for publishing in self._store.publishings():
+            if publishing.version_inode == version_inode:
+                await self.undo(publishing, route.backend_ids)
+
+    async def undo(self, publishing: Publishing, backend_ids: tuple[str, ...]) -> None:
+        """A publish did not come to its transaction: its manifest must not be found by a rebuild.
+
+        When a backend cannot delete now, the note stays and the next start tries again.
+        """
+        digest = Digest(MANIFEST_ALGORITHM, publishing.manifest)
+        try:
+            for backend_id in backend_ids:
+                await self._backends[backend_id].delete(digest)
+        except StorageError as exc:
+            log.warning("the manifest of unpublished %s/%s stays: %s", publishing.name, publishing.version, exc)
+            return
+        pairs = [(digest, backend_id) for backend_id in backend_ids]
+        await self._writer.run(lambda transaction: transaction.drop_intents(pairs))
+        self._store.end_publishing(publishing.version_inode)
+        (self._manifests / f"{publishing.version_inode:x}").unlink(missing_ok=True)
+
+
+def manifest_entries(
+    store: WorkspaceStore, version_inode: int, owner: tuple[int, int] | None
+) -> Iterator[ManifestEntry]:
+    """The entries of a version, parents before children; `owner` replaces each one's uid and gid."""
+    directories: dict[int, bytes] = {}
+    linked: dict[int, bytes] = {}
+    for _, parent, name, node in store.tree(version_inode):
+        above = directories.get(parent, b"")
+        path = b"" if node.inode == version_inode else above + b"/" + name if above else name
+        if node.kind is Kind.DIRECTORY:
+            directories[node.inode] = path
+        elif node.nlink > 1:
+            first = linked.setdefault(node.inode, path)
+            if first != path:
+                yield ManifestEntry(path=path, kind=node.kind, link_to=first)
+                continue
+        uid, gid = owner if owner is not None else (node.uid, node.gid)
+        yield ManifestEntry(
+            path=path,
+            kind=node.kind,
+            mode=node.mode & 0o777,
+            uid=uid,
+            gid=gid,
+            mtime_ns=node.mtime_ns,
+            blob=store.summary(node.inode) if node.kind is Kind.FILE else None,
+            target=node.target,
+            attributes=store.attributes(node.inode),
+        )
+
+
+async def _wait_then_cancel(wait: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
+    await wait()
+    scope.cancel()
+
+
+def _published_event(draft: _Draft, manifest: Digest, file_count: int, size_bytes: int) -> Event:
+    return Event(
+        type=PACKAGE_PUBLISHED,
+        subject=f"{draft.name}/{draft.version}",
+        data={
+            "name": draft.name,
+            "version": draft.version,
+            "producer": draft.labels.producer,
+            "retention_class": draft.labels.retention_class,
+            "publisher_uid": draft.labels.uid,
+            "backend_ids": list(draft.route.backend_ids),
+            "file_count": file_count,
+            "size_bytes": size_bytes,
+            "manifest_digest": str(manifest),
+        },
+        time_ns=draft.published_at_ns,
+    )
+
+

@@ -1,0 +1,248 @@
+"""Puts staged files in the background. What is worth putting where is decided by the registry's routes.
+
+One way through: pick a batch of staged files -> one transaction that finds what is stored already and commits intents
+for the rest -> puts, several at a time -> one transaction of locations for what was acknowledged meanwhile -> the files
+are `stored`. A batch is whatever is ready, so a single file is quick and many files share their commits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from castore.catalog.workspace import WorkspaceStore
+from castore.catalog.writer import CatalogWriter, Transaction
+from castore.digest import BlobSummary, Digest
+from castore.errors import CastoreError, ConfigError, NotFound, SourceChanged, StateError, StorageError
+from castore.ingest.files import StagedFiles
+from castore.ingest.labels import LabelReader
+from castore.ingest.signal import Signal
+from castore.registry.routing import Route, Router
+from castore.storage.source import FileSource
+from castore.storage.spi import StorageBackend
+
+log = logging.getLogger(__name__)
+
+BATCH_FILES: Final = 64
+"""Files that share one transaction of intents: a commit costs about as much as one small put."""
+IN_FLIGHT_FILES: Final = 256
+"""Files picked and not yet stored or failed; bounds what the uploader remembers."""
+WORKERS: Final = 8
+"""Puts at a time: on the local backend more than 8 gain nothing, on a remote one 8 hide its latency."""
+RETRY_SECONDS_MIN: Final = 1.0
+RETRY_SECONDS_MAX: Final = 60.0
+"""Failed files are tried again after this long, doubling from the first to the last."""
+
+
+@dataclass(slots=True, eq=False)
+class _Upload:
+    """One blob on its way: the files that wait for it, and the backends that have not acknowledged it yet."""
+
+    summary: BlobSummary
+    inodes: list[int]
+    missing: set[str]
+    stored: list[str] = field(default_factory=list)
+    error: CastoreError | None = None
+    followers: list[int] = field(default_factory=list)
+    """Files with the same bytes that belong in another backend: looked at again when this upload is over."""
+
+
+class Uploader:
+    """The background puts of one daemon."""
+
+    def __init__(
+        self,
+        store: WorkspaceStore,
+        *,
+        writer: CatalogWriter,
+        backends: Mapping[str, StorageBackend],
+        router: Router,
+        labels: LabelReader,
+        files: StagedFiles,
+        owner: str,
+    ) -> None:
+        self._store = store
+        self._writer = writer
+        self._backends = backends
+        self._router = router
+        self._labels = labels
+        self._files = files
+        self._owner = owner
+        self._wake = trio.Event()
+        self._uploads: dict[Digest, _Upload] = {}
+        self._file_count = 0
+        self._puts, self._put_queue = trio.open_memory_channel[tuple[_Upload, str]](0)
+        self._results, self._result_queue = trio.open_memory_channel[tuple[_Upload, str, CastoreError | None]](
+            IN_FLIGHT_FILES
+        )
+        self._retry_seconds = 0.0
+        self._failing = trio.Event()
+        self.progress = Signal()
+        """Pulsed whenever files became stored or failed."""
+
+    def wake(self) -> None:
+        """There are staged files."""
+        self._wake.set()
+
+    def retry_now(self, version_inode: int) -> None:
+        """Put the failed files of a version again at once: someone waits for them."""
+        if self._store.restage(version_inode=version_inode):
+            self.wake()
+
+    async def run(self) -> None:
+        """Work until cancelled. What is in flight then is put again by the next daemon."""
+        async with trio.open_nursery() as nursery:
+            for _ in range(WORKERS):
+                nursery.start_soon(self._put_worker)
+            nursery.start_soon(self._commit_results)
+            nursery.start_soon(self._retry_failed)
+            while True:
+                await self._dispatch_batch()
+
+    # pick
+
+    async def _dispatch_batch(self) -> None:
+        while self._file_count >= IN_FLIGHT_FILES:
+            await self.progress.wait()
+        self._wake = trio.Event()
+        with self._store.transaction():
+            picked = self._store.take_staged(min(BATCH_FILES, IN_FLIGHT_FILES - self._file_count))
+        if not picked:
+            await self._wake.wait()
+            return
+        uploads: list[_Upload] = []
+        for inode, version_inode, summary in picked:
+            await self._pick(inode, version_inode, summary, uploads)
+        try:
+            await self._writer.run(lambda transaction: self._begin(transaction, uploads))
+        except StateError as exc:
+            for upload in uploads:
+                upload.error = exc
+        for upload in uploads:
+            if upload.error is not None or not upload.missing:
+                self._settle(upload)
+                continue
+            for backend_id in sorted(upload.missing):
+                await self._puts.send((upload, backend_id))
+
+    async def _pick(self, inode: int, version_inode: int, summary: BlobSummary, uploads: list[_Upload]) -> None:
+        try:
+            route = await self.route(version_inode)
+        except NotFound:
+            return
+        except ConfigError as exc:
+            self._store.move_state(inode, summary.digest, state="failed", error=str(exc))
+            self.progress.pulse()
+            return
+        running = self._uploads.get(summary.digest)
+        wanted = set(route.backend_ids)
+        if running is not None:
+            if wanted <= running.missing | set(running.stored):
+                self._file_count += 1
+                running.inodes.append(inode)
+            else:
+                running.followers.append(inode)
+            return
+        upload = _Upload(summary, [inode], wanted)
+        self._file_count += 1
+        self._uploads[summary.digest] = upload
+        uploads.append(upload)
+
+    async def route(self, version_inode: int) -> Route:
+        """Where the files of a version go. Raises NotFound, ConfigError."""
+        labels = await self._labels.labels(version_inode)
+        return self._router.route(labels.retention_class, labels.producer)
+
+    def _begin(self, transaction: Transaction, uploads: list[_Upload]) -> None:
+        for upload in uploads:
+            good = transaction.good_backends(upload.summary.digest) & upload.missing
+            upload.stored.extend(good)
+            upload.missing -= good
+        transaction.add_intents(
+            ((upload.summary.digest, backend_id) for upload in uploads for backend_id in upload.missing),
+            owner=self._owner,
+        )
+
+    # put
+
+    async def _put_worker(self) -> None:
+        while True:
+            upload, backend_id = await self._put_queue.receive()
+            error: CastoreError | None = None
+            try:
+                source = FileSource(self._files.path(upload.inodes[0]), upload.summary)
+                await self._backends[backend_id].put(upload.summary.digest, source)
+            except StorageError as exc:
+                error = exc
+            await self._results.send((upload, backend_id, error))
+
+    # commit
+
+    async def _commit_results(self) -> None:
+        while True:
+            results = [await self._result_queue.receive()]
+            while len(results) < IN_FLIGHT_FILES:
+                try:
+                    results.append(self._result_queue.receive_nowait())
+                except trio.WouldBlock:
+                    break
+            stored = [(upload.summary, backend_id) for upload, backend_id, error in results if error is None]
+            failed = [(upload.summary.digest, backend_id) for upload, backend_id, error in results if error is not None]
+            commit_error: CastoreError | None = None
+            try:
+                await self._writer.run(_location_work(stored, failed))
+            except StateError as exc:
+                commit_error = exc
+            with self._store.transaction():
+                for upload, backend_id, error in results:
+                    upload.missing.discard(backend_id)
+                    upload.stored.append(backend_id)
+                    upload.error = error or commit_error or upload.error
+                    if not upload.missing:
+                        self._settle(upload)
+            self.progress.pulse()
+
+    def _settle(self, upload: _Upload) -> None:
+        """All backends answered: the files are stored, or failed with the reason."""
+        digest = upload.summary.digest
+        del self._uploads[digest]
+        self._file_count -= len(upload.inodes)
+        if upload.error is None:
+            for inode in upload.inodes:
+                self._store.move_state(inode, digest, state="stored")
+            self._retry_seconds = 0.0
+        else:
+            again = upload.inodes[1:] if isinstance(upload.error, SourceChanged) else []
+            upload.followers.extend(again)
+            failed = [inode for inode in upload.inodes if inode not in again]
+            # A file that changed or went meanwhile does not match: nobody is interested in that put any more.
+            if any([self._store.move_state(inode, digest, state="failed", error=str(upload.error)) for inode in failed]):
+                log.warning("put of %s failed: %s", digest, upload.error)
+                self._retry_seconds = min(max(RETRY_SECONDS_MIN, self._retry_seconds * 2), RETRY_SECONDS_MAX)
+                self._failing.set()
+        for inode in upload.followers:
+            self._store.move_state(inode, digest, state="staged")
+            self.wake()
+        self.progress.pulse()
+
+    async def _retry_failed(self) -> None:
+        while True:
+            await self._failing.wait()
+            await trio.sleep(self._retry_seconds or RETRY_SECONDS_MIN)
+            self._failing = trio.Event()
+            if self._store.restage():
+                self.wake()
+
+
+def _location_work(
+    stored: list[tuple[BlobSummary, str]], failed: list[tuple[Digest, str]]
+) -> Callable[[Transaction], None]:
+    def work(transaction: Transaction) -> None:
+        transaction.add_locations(stored)
+        transaction.drop_intents(failed)
+
+    return work

@@ -1,0 +1,1 @@
+"""The backends, one module each, imported only when the configuration names one."""

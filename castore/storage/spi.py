@@ -1,0 +1,110 @@
+"""The storage SPI: what any backend promises. Contains no behaviour, and no vocabulary of any one store."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import BinaryIO, Literal, Protocol, runtime_checkable
+
+from castore.digest import Digest
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What a backend says of one object, without reading it."""
+
+    digest: Digest
+    size_bytes: int
+    modified_ns: int
+    """When the object was written, nanoseconds since the epoch, by the backend's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendHealth:
+    """One probe of a backend. `detail` is one line for a person and holds no secret."""
+
+    status: Literal["pass", "warn", "fail"]
+    detail: str
+    free_bytes: int | None = None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Bytes to put that can be read again, for a retry or for parts in parallel.
+
+    The bytes must not change between the first `open` and the end of the put; a source that can tell
+    raises `SourceChanged` from the reader.
+    """
+
+    @property
+    def size_bytes(self) -> int:
+        """The exact number of bytes."""
+
+    def open(self) -> BinaryIO:
+        """A new reader at offset 0, independent of all others, seekable. Whoever opens it closes it.
+
+        Blocking, as its reads are: use it in a thread. `read(n)` gives fewer than n bytes only at the end.
+        """
+
+
+class StorageBackend(Protocol):
+    """One place that stores immutable objects named by digest.
+
+    All methods may run at once from many tasks. Nothing but `StorageError` (and cancellation) leaves them.
+    Cancellation leaves nothing half-visible: an object is whole or absent.
+    """
+
+    @property
+    def backend_id(self) -> str:
+        """The id under which the configuration knows this backend."""
+
+    @property
+    def backend_type(self) -> str:
+        """The kind of backend, for example `local`."""
+
+    async def put(self, digest: Digest, source: Source) -> None:
+        """Store all bytes of `source` under `digest`.
+
+        Atomic: no reader ever sees part of it. Durable: when it returns, the object survives power loss.
+        Idempotent: putting what is there replaces it with the same bytes (and so repairs a damaged object).
+        The backend trusts the caller that the bytes have that digest; it proves that it stored the bytes it read,
+        or raises. Raises SourceChanged when the source yields more or fewer bytes than it promised, or cannot be read.
+        A put that is cancelled returns at once, even while the source blocks. Unless the source has been read to
+        its end by then, nothing is stored afterwards.
+        """
+
+    async def get(
+        self, digest: Digest, *, offset: int, length: int, into: bytearray | memoryview | None = None
+    ) -> memoryview:
+        """Exactly `length` bytes from `offset`, never fewer.
+
+        With `into` (at least `length` bytes long) they are received there and the returned view is a slice of it:
+        the caller owns the buffer, the backend keeps no reference after it returns or is cancelled. Without, a fresh
+        buffer is returned. Raises ObjectMissing, or ObjectTruncated when the object ends earlier; ValueError for a
+        negative offset or length, or a buffer that is too small. `length` 0 reads nothing but still proves that
+        the object is there.
+        """
+
+    async def head(self, digest: Digest) -> ObjectInfo:
+        """What is known of the object without reading it. Raises ObjectMissing."""
+
+    async def delete(self, digest: Digest) -> None:
+        """Remove the object, durably. Succeeds when it is not there."""
+
+    def list(self, algorithm: str, *, prefix: str = "") -> AbstractAsyncContextManager[AsyncIterator[ObjectInfo]]:
+        """All objects of a digest algorithm whose hex begins with `prefix`, in ascending order of digest.
+
+            async with backend.list("sha256", prefix="ab") as objects:
+                async for info in objects: ...
+
+        Entering asks nothing of the backend, the first step does. Pages inside, in bounded memory. Objects put or
+        deleted meanwhile may or may not appear. Names that are not objects of this layout (temporary files,
+        strangers) are not reported.
+        """
+
+    async def health(self) -> BackendHealth:
+        """Probe the backend, cheaply and without changing it. Never raises StorageError: a failure is a status."""
+
+    async def aclose(self) -> None:
+        """Release what the backend holds. Idempotent; nothing else may be called afterwards."""

@@ -1,0 +1,1 @@
+"""Verify: re-read what is stored and compare digests."""

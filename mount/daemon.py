@@ -1,0 +1,297 @@
+"""The daemon: puts the library's parts together, serves one mount, and ends it. The composition root of the mount."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import pyfuse3
+import trio
+
+from castore.api.control import Report, serve_control
+from castore.api.status import StatusDocument
+from castore.blobs.reader import BlobReader
+from castore.catalog.connection import open_reader
+from castore.catalog.reader import CatalogReader
+from castore.catalog.records import FailureReason
+from castore.catalog.writer import CatalogWriter, Transaction
+from castore.config import Config
+from castore.digest import Digest
+from castore.errors import ConfigError, StateError, StateLocked, StorageError
+from castore.events import LOCATION_FAILED, Event
+from castore.ingest.publisher import PublishProgress
+from castore.ingest.service import Ingest
+from castore.registry.names import parse_ref
+from castore.storage.open import open_backend, sweep_backend
+from mount import kernel, mountpoint
+from mount.by_digest import ByDigestTree
+from mount.control import ControlTree
+from mount.operations import CastoreOperations
+from mount.packages import PackagesTree
+
+log = logging.getLogger(__name__)
+
+STOP_SECONDS: Final = 20.0
+"""From a signal to the end of the background work; with the unmount it stays below the 30 s that are promised."""
+DRAIN_REPORT_SECONDS: Final = 0.25
+
+_OPTIONS: Final = frozenset({"allow_other", "allow_root", "rw", "nosuid", "suid", "nodev", "dev", "noexec", "exec"})
+
+
+def parse_options(text: str, *, allow_other: bool) -> frozenset[str]:
+    """The mount options of `-o`, checked. Raises ConfigError for one that is not known."""
+    options = {part.strip() for part in text.split(",") if part.strip()}
+    unknown = options - _OPTIONS
+    if unknown:
+        raise ConfigError(
+            f"-o {','.join(sorted(unknown))}: unknown mount option; known are {', '.join(sorted(_OPTIONS))}"
+        )
+    if allow_other:
+        options.add("allow_other")
+    # A user's set-uid programs and devices must not come to life on a host that root mounts on.
+    for safe, unsafe in (("nosuid", "suid"), ("nodev", "dev")):
+        if unsafe not in options:
+            options.add(safe)
+    return frozenset(options - {"rw"})
+
+
+class Daemon:
+    """One writing mount. A context manager: on entry everything that can fail before mounting has been checked.
+
+    Raises ConfigError, StateError, StateLocked and CatalogTooNew, with nothing changed.
+    """
+
+    def __init__(self, config: Config, path: Path, options: frozenset[str]) -> None:
+        self._config = config
+        self._path = path
+        self._options = options
+        self._lock: int | None = None
+        self._mounted = False
+        self._unmounted = False
+
+    def __enter__(self) -> Daemon:
+        state_dir = self._config.store.state_dir
+        self._config.check_references()
+        open_reader(self._config.store.catalog_path).close()
+        self._lock = _take_lock(self._config.store.run_dir / "lock", state_dir)
+        try:
+            self._path = mountpoint.prepare(self._path, state_dir)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def run(self, on_ready: Any) -> int:
+        """Mount, call `on_ready`, serve until the end; returns the exit code."""
+        trio.run(self._run, on_ready, strict_exception_groups=True)
+        return 0
+
+    async def _run(self, on_ready: Any) -> None:
+        config = self._config
+        backends = {backend_id: open_backend(settings) for backend_id, settings in config.backends.items()}
+        catalog = CatalogReader(config.store.catalog_path)
+        writer = CatalogWriter(config.store.catalog_path)
+        self._writer = writer
+        blobs = BlobReader(catalog, backends, on_bad_location=self._record_failure)
+        ingest = Ingest(
+            config, catalog=catalog, writer=writer, backends=backends, on_published=self._invalidate_published
+        )
+        self._ingest = ingest
+        self._status = StatusDocument(
+            state_dir=config.store.state_dir, mountpoint=self._path, catalog=catalog, ingest=ingest, blobs=blobs
+        )
+        packages = PackagesTree(catalog, blobs, ingest)
+        self._operations = CastoreOperations(
+            catalog=catalog,
+            packages=packages,
+            by_digest=ByDigestTree(catalog),
+            control=ControlTree(self._status.make),
+            ingest=ingest,
+            publish_wait_seconds=config.ingest.publish_wait_seconds,
+            sync_wait_seconds=config.ingest.sync_wait_seconds,
+        )
+        try:
+            await ingest.recover()
+            async with trio.open_nursery() as nursery:
+                await nursery.start(blobs.run)
+                nursery.start_soon(ingest.run)
+                nursery.start_soon(self._sweep)
+                await nursery.start(serve_control, config.store.control_path, self._handlers())
+                self._mount()
+                nursery.start_soon(self._stop_on_signal)
+                try:
+                    await self._serve(on_ready)
+                finally:
+                    nursery.cancel_scope.deadline = trio.current_time() + STOP_SECONDS
+                    nursery.cancel_scope.cancel()
+            self._say_what_is_left()
+        finally:
+            self._unmount()
+            with trio.CancelScope(shield=True):
+                for backend in backends.values():
+                    await backend.aclose()
+            ingest.close()
+            writer.close()
+            catalog.close()
+
+    # mounting
+
+    def _mount(self) -> None:
+        source = f"castore:{self._config.store.state_dir}".replace("\\", "\\\\").replace(",", "\\,")
+        options = set(pyfuse3.default_options) | {f"fsname={source}", "subtype=castore"} | self._options
+        try:
+            pyfuse3.init(self._operations, str(self._path), options)
+        except RuntimeError as exc:
+            raise StateError(
+                f"{self._path}: cannot be mounted ({exc}); is /dev/fuse there, and does /etc/fuse.conf allow the options?"
+            ) from exc
+        self._mounted = True
+
+    async def _serve(self, on_ready: Any) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tune_and_tell, on_ready)
+            # Never cancelled: it ends by `terminate()`, or when the mount is taken away.
+            with trio.CancelScope(shield=True):
+                await pyfuse3.main(min_tasks=1, max_tasks=kernel.MAX_TASKS)
+            nursery.cancel_scope.cancel()
+
+    async def _tune_and_tell(self, on_ready: Any) -> None:
+        await trio.to_thread.run_sync(kernel.tune, self._path)
+        log.info("mounted %s", self._path)
+        on_ready()
+
+    async def _stop_on_signal(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                log.info("%s: ending", signal.Signals(number).name)
+                pyfuse3.terminate()
+
+    def _unmount(self) -> None:
+        if self._mounted:
+            self._mounted = False
+            pyfuse3.close(unmount=not self._unmounted)
+            log.info("unmounted %s", self._path)
+
+    def _say_what_is_left(self) -> None:
+        files, size_bytes = self._ingest.unfinished()
+        if files:
+            log.warning(
+                "%d files (%d bytes) stay staged in %s; they go on after the next mount",
+                files,
+                size_bytes,
+                self._config.store.state_dir,
+            )
+
+    # callbacks of the library
+
+    async def _invalidate_published(self, inodes: list[int]) -> None:
+        """Published: mode and owner may differ from what the kernel keeps; the bytes do not."""
+        for inode in inodes:
+            try:
+                pyfuse3.invalidate_inode(inode, attr_only=True)
+            except FileNotFoundError:
+                continue  # the kernel does not know it
+            except OSError as exc:
+                log.debug("inode %d is not invalidated: %s", inode, exc)
+
+    async def _record_failure(self, digest: Digest, backend_id: str, reason: FailureReason) -> None:
+        """A location gave missing or wrong bytes: it becomes `failed`, with an event."""
+
+        def work(transaction: Transaction) -> None:
+            if transaction.fail_location(digest, backend_id, reason):
+                data = {"backend_id": backend_id, "digest": str(digest), "reason": str(reason)}
+                transaction.add_event(Event(type=LOCATION_FAILED, subject=str(digest), data=data))
+
+        log.error("%s in backend %s: %s", digest, backend_id, reason)
+        try:
+            await self._writer.run(work)
+        except StateError as exc:
+            log.error("the failed location could not be recorded: %s", exc)
+
+    async def _sweep(self) -> None:
+        """Remove what puts of dead processes left behind in the backends."""
+        for settings in self._config.backends.values():
+            try:
+                count = await sweep_backend(settings)
+            except StorageError as exc:
+                log.warning("backend %s is not swept: %s", settings.backend_id, exc)
+                continue
+            if count:
+                log.info("backend %s: %d leftovers of broken puts removed", settings.backend_id, count)
+
+    # commands of the control socket
+
+    def _handlers(self) -> dict[str, Any]:
+        return {"status": self._answer_status, "publish": self._answer_publish, "umount": self._answer_umount}
+
+    async def _answer_status(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
+        return self._status.make()
+
+    async def _answer_publish(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
+        name, version = parse_ref(str(request.get("ref", "")))
+        node = self._ingest.tree.version(name, version)
+        parent = self._ingest.tree.parent(node.inode)
+
+        async def tell(progress: PublishProgress) -> None:
+            await report(asdict(progress))
+
+        await self._ingest.publisher.wait_stored(node.inode, report=tell)
+        await self._ingest.publisher.publish(
+            node.inode,
+            name,
+            version.encode(),
+            wait_seconds=self._config.ingest.publish_wait_seconds,
+            report=tell,
+        )
+        # The kernel was not asked, so it may still know the version under its old name.
+        pyfuse3.invalidate_entry_async(parent, version.encode(), ignore_enoent=True)
+        return {"ref": f"{name}/{version}"}
+
+    async def _answer_umount(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
+        if not request.get("force"):
+            await self._drain(float(request.get("timeout_seconds", 600.0)), report)
+        files, size_bytes = self._ingest.unfinished()
+        with trio.CancelScope(shield=True):
+            self._unmounted = await trio.to_thread.run_sync(mountpoint.try_unmount, self._path)
+            if not self._unmounted:
+                raise StateError(await trio.to_thread.run_sync(mountpoint.busy_message, self._path))
+        return {"staged_files": files, "staged_bytes": size_bytes}
+
+    async def _drain(self, seconds: float, report: Report) -> None:
+        """Wait until all closed files are stored. Raises StateError when that takes longer than `seconds`."""
+        end = time.monotonic() + seconds
+        while (left := self._ingest.unfinished())[0]:
+            await report({"staged_files": left[0], "staged_bytes": left[1]})
+            if time.monotonic() > end:
+                raise StateError(
+                    f"{left[0]} files ({left[1]} bytes) are not stored after {seconds:g} s; wait on, or use --force"
+                )
+            with trio.move_on_after(DRAIN_REPORT_SECONDS):
+                await self._ingest.uploader.progress.wait()
+
+
+def _take_lock(path: Path, state_dir: Path) -> int:
+    """The descriptor that holds the state directory's lock until it is closed. Raises StateLocked."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise StateLocked(
+            f"{state_dir}: another daemon (pid {holder or 'unknown'}) writes there; unmount it, or use another state_dir"
+        ) from exc
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor

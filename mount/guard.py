@@ -1,0 +1,59 @@
+"""What surrounds every handler: errors become errno, the unforeseen is logged and becomes EIO, and waits end."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+
+from castore.errors import DeadlineExceeded
+from mount.errnos import errno_of, is_expected
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+HANDLER_SECONDS: Final = 120.0
+"""A handler that waits longer answers ETIMEDOUT. Backends have shorter deadlines; this one catches what they miss."""
+
+
+def guarded(handler: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+    """Wrap a handler that does not wait for anything: any exception but FUSEError would end the mount."""
+
+    @functools.wraps(handler)
+    async def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await handler(*args, **kwargs)
+        except (pyfuse3.FUSEError, trio.Cancelled):
+            raise
+        except Exception as exc:
+            raise fuse_error(handler.__name__, exc) from exc
+
+    return wrapper
+
+
+def deadlined(handler: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+    """As `guarded`, for a handler that may wait: it answers within HANDLER_SECONDS."""
+
+    @functools.wraps(handler)
+    async def within(*args: P.args, **kwargs: P.kwargs) -> T:
+        with trio.move_on_after(HANDLER_SECONDS):
+            return await handler(*args, **kwargs)
+        raise DeadlineExceeded(f"{handler.__name__}: no answer within {HANDLER_SECONDS:g} s")
+
+    return guarded(within)
+
+
+def fuse_error(what: str, exc: Exception) -> pyfuse3.FUSEError:
+    """The answer for an exception; the unforeseen is logged with its traceback."""
+    number = errno_of(exc)
+    if not is_expected(exc):
+        log.error("%s: unforeseen %s", what, type(exc).__name__, exc_info=exc)
+    elif number == errno_of(Exception()):
+        log.warning("%s: %s", what, exc)
+    return pyfuse3.FUSEError(number)

@@ -1,0 +1,139 @@
+"""The tree ingest/ as FUSE sees it: each method a call of the library. The rules are in castore.ingest."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterator
+
+import pyfuse3
+import trio
+
+from castore.catalog.records import Kind
+from castore.catalog.workspace import Node
+from castore.errors import DeadlineExceeded, IsADirectory, NoAttribute
+from castore.ingest.service import Ingest
+from castore.ingest.tree import INGEST_ROOT, PRODUCER, RETENTION_CLASS
+from mount.attributes import CHANGING_SECONDS, INGEST_SECONDS, absent, make, of_node
+from mount.handles import StagedHandle
+from mount.packages import PAGE, Child
+
+STATE = b"user.castore.state"
+ERROR = b"user.castore.error"
+
+
+class IngestFiles:
+    """The writable tree."""
+
+    def __init__(self, ingest: Ingest) -> None:
+        self._ingest = ingest
+        self._tree = ingest.tree
+        self._started_ns = time.time_ns()
+
+    def has(self, inode: int) -> bool:
+        """Whether the inode is in this tree now."""
+        return inode == INGEST_ROOT or self._tree.find(inode) is not None
+
+    # looking
+
+    def attributes(self, inode: int) -> pyfuse3.EntryAttributes:
+        """Attributes of anything in the tree. ingest/ itself is as /tmp: anyone may make a NAME."""
+        if inode == INGEST_ROOT:
+            return make(
+                INGEST_ROOT,
+                stat.S_IFDIR | stat.S_ISVTX | 0o777,
+                uid=os.getuid(),
+                gid=os.getgid(),
+                mtime_ns=self._started_ns,
+                seconds=CHANGING_SECONDS,
+            )
+        return of_node(self._tree.get(inode))
+
+    def lookup(self, parent: int, name: bytes) -> pyfuse3.EntryAttributes:
+        """Attributes of a name, or the answer that it is absent: only this mount can make it."""
+        node = self._tree.lookup(parent, name)
+        return absent(INGEST_SECONDS) if node is None else of_node(node)
+
+    def parent(self, inode: int) -> int:
+        """The directory above a directory."""
+        return 1 if inode == INGEST_ROOT else self._tree.parent(inode)
+
+    def children(self, inode: int, after: int) -> Iterator[Child]:
+        """The entries of a directory with a cookie above `after`."""
+        while page := self._tree.children(inode, after, PAGE):
+            for cookie, name, node in page:
+                yield cookie, name, of_node(node)
+            after = page[-1][0]
+
+    def readlink(self, inode: int) -> bytes:
+        """The target of a symbolic link."""
+        return self._tree.readlink(inode)
+
+    # attributes that users ask for
+
+    async def attribute(self, inode: int, name: bytes) -> bytes:
+        """An extended attribute, computed or set. Raises NoAttribute."""
+        if inode == INGEST_ROOT or not name.startswith(b"user."):
+            raise NoAttribute("no such attribute")
+        node = self._tree.get(inode)
+        computed = await self._computed(node, name) if name.startswith((b"user.castore.", b"user.hash.")) else b""
+        return computed or self._tree.attribute(inode, name)
+
+    async def _computed(self, node: Node, name: bytes) -> bytes:
+        if node.kind is Kind.FILE and name == STATE:
+            error = self._ingest.store.error(node.inode) if node.state == "failed" else ""
+            return f"failed: {error}".encode() if error else node.state.encode()
+        if node.kind is Kind.FILE and name in (b"user.castore.digest", b"user.hash.sha256"):
+            summary = self._ingest.store.summary(node.inode)
+            if summary is None:
+                return b""
+            return (summary.digest.hex if name.endswith(b".sha256") else str(summary.digest)).encode()
+        if node.is_version and name == ERROR:
+            return self._ingest.store.error(node.inode).encode()
+        if node.is_version and name in (PRODUCER, RETENTION_CLASS):
+            labels = await self._ingest.labels.labels(node.inode)
+            return (labels.producer if name == PRODUCER else labels.retention_class).encode()
+        return b""
+
+    # files
+
+    def open(self, inode: int, flags: int) -> StagedHandle:
+        """A handle on a file; O_TRUNC cuts it."""
+        node = self._tree.get(inode)
+        if node.kind is Kind.DIRECTORY:
+            raise IsADirectory("not a file")
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        if writable or flags & os.O_TRUNC:
+            self._tree.check_writable(node)
+        file = self._ingest.files.open(node, writable=writable)
+        if flags & os.O_TRUNC and writable:
+            self._ingest.files.truncate(file, 0)
+        return StagedHandle(file, writable)
+
+    def create(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> tuple[StagedHandle, Node]:
+        """A new file and its first handle."""
+        node = self._tree.create(parent, name, mode=mode, uid=uid, gid=gid)
+        return StagedHandle(self._ingest.files.create(node), writable=True), node
+
+    async def set_size(self, inode: int, size_bytes: int, handle: StagedHandle | None) -> None:
+        """truncate and ftruncate."""
+        if handle is not None and handle.writable:
+            self._ingest.files.truncate(handle.file, size_bytes)
+            return
+        temporary = self.open(inode, os.O_WRONLY)
+        try:
+            self._ingest.files.truncate(temporary.file, size_bytes)
+        finally:
+            await self._ingest.files.release(temporary.file, writable=True)
+
+    async def sync_directory(self, inode: int, *, wait_seconds: float) -> None:
+        """fsync of a directory: its names are durable; of a VERSION also: all closed files below are stored."""
+        await self._ingest.files.sync_names()
+        node = self._tree.find(inode)
+        if node is None or not node.is_version:
+            return
+        with trio.move_on_after(wait_seconds):
+            await self._ingest.publisher.wait_stored(inode)
+            return
+        raise DeadlineExceeded(f"not everything was stored within {wait_seconds:g} s; it goes on, sync again")

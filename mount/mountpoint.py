@@ -1,0 +1,110 @@
+"""The place to mount at: checked before, cleared of a dead mount, named when it is busy. It never looks inside a mount."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from castore.errors import StateError
+from castore.mountinfo import mount_at, resolve_mountpoint
+
+DEAD_MOUNTS_MAX: Final = 16
+"""Dead mounts on top of each other that are cleared; more is somebody's doing."""
+USERS_NAMED_MAX: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class MountUser:
+    """A process that keeps a mount busy, and by what."""
+
+    pid: int
+    command: str
+    by: str
+
+
+def prepare(path: Path, state_dir: Path) -> Path:
+    """The resolved mountpoint, ready to be mounted. Dead mounts of this store there are cleared.
+
+    Raises StateError when it is missing, no directory, not empty, or has something mounted. The caller holds the state
+    directory's lock, so a writable mount of this state directory that is still there has no daemon.
+    """
+    resolved = resolve_mountpoint(path)
+    for _ in range(DEAD_MOUNTS_MAX):
+        there = mount_at(resolved)
+        if there is None:
+            break
+        if there.state_dir != state_dir:
+            raise StateError(f"{resolved}: something is mounted there ({there.fs_type}); unmount it or choose another")
+        detach(resolved)
+    if not resolved.exists():
+        raise StateError(f"{resolved}: there is no such directory; make it with `mkdir -p`")
+    if not resolved.is_dir():
+        raise StateError(f"{resolved}: is not a directory; name an empty directory")
+    if any(os.scandir(resolved)):
+        raise StateError(f"{resolved}: is not empty; its files would be hidden, name an empty directory")
+    return resolved
+
+
+def detach(path: Path) -> None:
+    """Take a dead mount away, users or not. Raises StateError."""
+    done = subprocess.run(["fusermount3", "-uz", str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise StateError(f"{path}: a dead mount cannot be cleared: {done.stderr.strip()}")
+
+
+def try_unmount(path: Path) -> bool:
+    """Unmount if nobody uses it. False when it is busy. Raises StateError for anything else. Blocking."""
+    done = subprocess.run(
+        ["fusermount3", "-u", str(path)], capture_output=True, text=True, check=False, env=os.environ | {"LC_ALL": "C"}
+    )
+    if done.returncode and "busy" not in done.stderr.lower():
+        raise StateError(f"{path}: cannot be unmounted: {done.stderr.strip()}")
+    return not done.returncode
+
+
+def users(path: Path) -> list[MountUser]:
+    """The processes that have a file, directory or program of the mount open, as far as this user may see."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            for link in _links(process):
+                try:
+                    target = os.readlink(link)
+                except OSError:
+                    continue
+                if target == str(path) or target.startswith(f"{path}/"):
+                    found.append(MountUser(int(process.name), _command(process), target))
+                    break
+    return sorted(found, key=lambda user: user.pid)
+
+
+def busy_message(path: Path) -> str:
+    """One line that names who keeps the mount busy."""
+    named = users(path)
+    if not named:
+        return f"{path}: is in use by processes that cannot be seen from here; find them with `fuser -vm {path}`"
+    listed = ", ".join(f"{user.command} (pid {user.pid}: {user.by})" for user in named[:USERS_NAMED_MAX])
+    more = f" and {len(named) - USERS_NAMED_MAX} more" if len(named) > USERS_NAMED_MAX else ""
+    return f"{path}: is in use by {listed}{more}; end them or leave the directory, then unmount again"
+
+
+def _links(process: Path) -> Iterator[Path]:
+    yield process / "cwd"
+    yield process / "root"
+    yield process / "exe"
+    for folder in ("fd", "map_files"):
+        try:
+            yield from (process / folder).iterdir()
+        except OSError:
+            continue
+
+
+def _command(process: Path) -> str:
+    try:
+        return (process / "comm").read_text().strip()
+    except OSError:
+        return "?"

@@ -1,0 +1,491 @@
+"""Configuration files: what they mean, and that each bad one is refused in one line. Not a test of what settings do."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import FrozenInstanceError
+from fractions import Fraction
+from pathlib import Path
+
+import platformdirs
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from castore.config import Config, LocalSettings, S3Settings, load_config
+from castore.config_values import MAX_SIZE_BYTES, SecretRef, parse_duration, parse_size
+from castore.errors import ConfigError
+
+LOCAL = '[backends.local]\ntype = "local"\npath = "objects"\n'
+SECRET = "hunter2-WJalrXUtnFEMI/K7MDENG+bPxRfi"
+S3 = """
+[backends.rgw]
+type = "s3"
+endpoint_url = "https://rgw.example.internal:8080/"
+bucket = "artifacts"
+access_key_ref = "env:RGW_ACCESS_KEY"
+secret_key_ref = "file:secrets/rgw"
+"""
+
+
+def load(tmp_path: Path, text: str) -> Config:
+    path = tmp_path / "castore.toml"
+    path.write_text(text)
+    return load_config(path, {})
+
+
+def refused(tmp_path: Path, text: str) -> str:
+    """The one line with which a file is refused."""
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'castore.toml'}: ")
+    assert "\n" not in message
+    return message.removeprefix(f"{tmp_path / 'castore.toml'}: ")
+
+
+def test_every_key(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        """
+[store]
+state_dir = "/var/lib/castore"
+[cache]
+dir = "~/cache"
+max_bytes = "1.5GiB"
+[ingest]
+default_retention_class = "short-lived"
+publish_wait = "500ms"
+sync_wait = "2h"
+staging_max_bytes = 1000
+max_bytes_per_user = "10 MB"
+keep_owner = true
+[backends.local]
+type = "local"
+path = "sub/objects"
+[backends.rgw]
+type = "s3"
+endpoint_url = "http://[::1]:7480"
+region = "default"
+bucket = "artifacts"
+key_prefix = "a/b"
+access_key_ref = "env:RGW_ACCESS_KEY"
+secret_key_ref = "file:secrets/rgw"
+storage_class = "COLD"
+sse = "aws:kms"
+multipart_threshold_bytes = 33554432
+multipart_chunk_bytes = "8MiB"
+[routing]
+default = "local"
+[[routing.rules]]
+retention_class = "release"
+producer = "ci-*"
+backend = "rgw"
+copies = ["local"]
+[[routing.rules]]
+backend = "local"
+[http]
+listen = "[::]:0"
+""",
+    )
+    assert config.source == tmp_path / "castore.toml"
+    assert config.store.state_dir == Path("/var/lib/castore")
+    assert config.store.catalog_path == Path("/var/lib/castore/catalog.db")
+    assert config.store.control_path == Path("/var/lib/castore/run/control.sock")
+    assert (config.cache.dir, config.cache.max_bytes) == (Path.home() / "cache", 3 * 2**29)
+    assert config.ingest.default_retention_class == "short-lived"
+    assert (config.ingest.publish_wait_seconds, config.ingest.sync_wait_seconds) == (0.5, 7200.0)
+    assert (config.ingest.staging_max_bytes, config.ingest.max_bytes_per_user) == (1000, 10_000_000)
+    assert config.ingest.keep_owner is True
+    assert list(config.backends) == ["local", "rgw"]
+    assert config.backends["local"] == LocalSettings("local", tmp_path / "sub/objects")
+    assert config.backends["rgw"] == S3Settings(
+        backend_id="rgw",
+        endpoint_url="http://[::1]:7480",
+        region="default",
+        bucket="artifacts",
+        key_prefix="a/b",
+        access_key_ref=SecretRef("env:RGW_ACCESS_KEY", "backends.rgw.access_key_ref"),
+        secret_key_ref=SecretRef("file:secrets/rgw", "backends.rgw.secret_key_ref", tmp_path / "secrets/rgw"),
+        storage_class="COLD",
+        sse="aws:kms",
+        multipart_threshold_bytes=2**25,
+        multipart_chunk_bytes=2**23,
+    )
+    assert [settings.backend_type for settings in config.backends.values()] == ["local", "s3"]
+    assert config.routing.default == "local"
+    assert config.routing.function is None
+    first, second = config.routing.rules
+    assert (first.retention_class, first.producer, first.backend, first.copies) == (
+        "release",
+        "ci-*",
+        "rgw",
+        ("local",),
+    )
+    assert (second.retention_class, second.producer, second.backend, second.copies) == ("*", "*", "local", ())
+    assert (config.http.host, config.http.port) == ("::", 0)
+
+
+def test_defaults_of_a_file(tmp_path: Path) -> None:
+    config = load(tmp_path, LOCAL)
+    data = platformdirs.user_data_path("castore", appauthor=False)
+    assert config.store.state_dir == data
+    assert config.cache.dir == platformdirs.user_cache_path("castore", appauthor=False)
+    assert config.cache.max_bytes == 20 * 2**30
+    assert config.ingest.default_retention_class == "standard"
+    assert (config.ingest.publish_wait_seconds, config.ingest.sync_wait_seconds) == (5.0, 600.0)
+    assert (config.ingest.staging_max_bytes, config.ingest.max_bytes_per_user) == (100 * 2**30, 0)
+    assert config.ingest.keep_owner is False
+    assert (config.routing.default, config.routing.function, config.routing.rules) == ("local", None, ())
+    assert (config.http.host, config.http.port) == ("127.0.0.1", 8750)
+
+
+def test_defaults_of_an_s3_backend(tmp_path: Path) -> None:
+    settings = load(tmp_path, S3).backends["rgw"]
+    assert isinstance(settings, S3Settings)
+    assert settings.endpoint_url == "https://rgw.example.internal:8080"
+    assert (settings.region, settings.key_prefix, settings.storage_class) == ("us-east-1", "castore", "STANDARD")
+    assert settings.sse is None
+    assert (settings.multipart_threshold_bytes, settings.multipart_chunk_bytes) == (2**24, 2**24)
+
+
+def test_values_are_frozen(tmp_path: Path) -> None:
+    config = load(tmp_path, LOCAL)
+    with pytest.raises(FrozenInstanceError):
+        config.store.state_dir = tmp_path  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        config.backends["other"] = config.backends["local"]  # type: ignore[index]
+
+
+# (the file, the dotted key in the message, the value in it or "", words that say what is allowed)
+BAD = {
+    "unknown key": ('[cache]\nmax_byte = "1GiB"\n' + LOCAL, "cache.max_byte", "'1GiB'", 'did you mean "max_bytes"?'),
+    "unknown table": ("[stores]\n" + LOCAL, "stores", "(a table)", 'did you mean "store"?'),
+    "unknown key, nothing alike": ("[http]\nzzz = 1\n" + LOCAL, "http.zzz", "1", "allowed: listen"),
+    "key that needs quotes": ('"a b\\n" = 1\n' + LOCAL, "'a b\\n'", "1", "unknown key"),
+    "key of another type": (LOCAL + 'bucket = "b"\n', "backends.local.bucket", "", "allowed: type, path"),
+    "table as a value": ('store = "/var"\n' + LOCAL, "store", "'/var'", "a table, [store]"),
+    "path that is a number": ("[store]\nstate_dir = 7\n" + LOCAL, "store.state_dir", "7", "a path"),
+    "empty path": ('[store]\nstate_dir = ""\n' + LOCAL, "store.state_dir", "''", "a path"),
+    "path with a NUL": ('[store]\nstate_dir = "a\\u0000"\n' + LOCAL, "store.state_dir", "'a\\x00'", "a path"),
+    "home of nobody": ('[store]\nstate_dir = "~no-such-user/x"\n' + LOCAL, "store.state_dir", "'~no-such", "~ stands"),
+    "size without a number": ('[cache]\nmax_bytes = "GiB"\n' + LOCAL, "cache.max_bytes", "'GiB'", '"20GiB"'),
+    "size with an unknown unit": ('[cache]\nmax_bytes = "20G"\n' + LOCAL, "cache.max_bytes", "'20G'", "GiB, TiB"),
+    "size with a part of a byte": ('[cache]\nmax_bytes = "0.5B"\n' + LOCAL, "cache.max_bytes", "'0.5B'", "of bytes"),
+    "negative size": ("[cache]\nmax_bytes = -1\n" + LOCAL, "cache.max_bytes", "-1", "an integer of bytes"),
+    "size that is true": ("[cache]\nmax_bytes = true\n" + LOCAL, "cache.max_bytes", "true", "an integer of bytes"),
+    "size that is a fraction": ("[cache]\nmax_bytes = 1.5\n" + LOCAL, "cache.max_bytes", "1.5", "an integer of bytes"),
+    "size beyond 64 bits": ('[cache]\nmax_bytes = "9000000TiB"\n' + LOCAL, "cache.max_bytes", "'9000000TiB'", "size"),
+    "no staging": ("[ingest]\nstaging_max_bytes = 0\n" + LOCAL, "ingest.staging_max_bytes", "0", "from 1 to"),
+    "duration without a unit": ("[ingest]\npublish_wait = 5\n" + LOCAL, "ingest.publish_wait", "5", '"5s"'),
+    "duration of years": ('[ingest]\nsync_wait = "1y"\n' + LOCAL, "ingest.sync_wait", "'1y'", "ms, s, min, h, d"),
+    "publish that waits long": ('[ingest]\npublish_wait = "2min"\n' + LOCAL, "ingest.publish_wait", "'2min'", '"60s"'),
+    "flag in words": ('[ingest]\nkeep_owner = "yes"\n' + LOCAL, "ingest.keep_owner", "'yes'", "true or false"),
+    "class with a space": (
+        '[ingest]\ndefault_retention_class = "a b"\n' + LOCAL,
+        "ingest.default_retention_class",
+        "'a b'",
+        "letters, digits",
+    ),
+    "no backend": ('[cache]\nmax_bytes = "1GiB"\n', "backends", "is missing", "[backends.local]"),
+    "empty backends": ("[backends]\n", "backends", "", "at least one backend"),
+    "backend without a type": ('[backends.a]\npath = "/a"\n', "backends.a.type", "is missing", '"local", "s3"'),
+    "unknown type": ('[backends.a]\ntype = "locale"\n', "backends.a.type", "'locale'", 'did you mean "local"?'),
+    "backend without a path": ('[backends.a]\ntype = "local"\n', "backends.a.path", "is missing", "a path"),
+    "backend that is no table": ('[backends]\na = "local"\n', "backends.a", "", "a table, [backends.a]"),
+    "list of backends": ('[[backends]]\ntype = "s3"\n', "backends", "", "a table, [backends]"),
+    "backend id": ('[backends."a b"]\ntype = "local"\npath = "/a"\n', "backends.'a b'", "", "1 to 64 letters"),
+    "endpoint": (S3.replace("https://", "ftp://"), "backends.rgw.endpoint_url", "'ftp://rgw", "https://HOST[:PORT]"),
+    "bucket": (S3.replace('"artifacts"', '"a/b"'), "backends.rgw.bucket", "'a/b'", "3 to 63"),
+    "key prefix": (S3 + 'key_prefix = "/a"\n', "backends.rgw.key_prefix", "'/a'", "without a slash"),
+    "long key prefix": (S3 + f'key_prefix = "{"a" * 513}"\n', "backends.rgw.key_prefix", "aaa...", "up to 512"),
+    "sse": (S3 + 'sse = "aes256"\n', "backends.rgw.sse", "'aes256'", '"AES256", "aws:kms"'),
+    "small parts": (S3 + 'multipart_chunk_bytes = "1MiB"\n', "backends.rgw.multipart_chunk_bytes", "'1MiB'", "5242880"),
+    "two backends, no default": (LOCAL + S3, "routing.default", "is missing", "one of local, rgw"),
+    "unknown default": (
+        LOCAL + '[routing]\ndefault = "lokal"\n',
+        "routing.default",
+        "'lokal'",
+        'did you mean "local"?',
+    ),
+    "rule without a backend": (LOCAL + '[[routing.rules]]\nproducer = "x"\n', "routing.rules[0].backend", "", "id"),
+    "unknown backend of a rule": (
+        LOCAL + '[[routing.rules]]\nbackend = "local"\n[[routing.rules]]\nbackend = "x"\n',
+        "routing.rules[1].backend",
+        "'x'",
+        "configured backends (local)",
+    ),
+    "unknown copy": (
+        LOCAL + '[[routing.rules]]\nbackend = "local"\ncopies = ["x"]\n',
+        "routing.rules[0].copies",
+        "['x']",
+        "configured backends (local)",
+    ),
+    "copy of itself": (
+        LOCAL + '[[routing.rules]]\nbackend = "local"\ncopies = ["local"]\n',
+        "routing.rules[0].copies",
+        "['local']",
+        "other backends than local",
+    ),
+    "copies twice": (
+        LOCAL + S3 + '[routing]\ndefault = "local"\nrules = [{backend = "local", copies = ["rgw", "rgw"]}]\n',
+        "routing.rules[0].copies",
+        "['rgw', 'rgw']",
+        "each once",
+    ),
+    "copies in a string": (
+        LOCAL + '[[routing.rules]]\nbackend = "local"\ncopies = "local"\n',
+        "routing.rules[0].copies",
+        "'local'",
+        "a list of strings",
+    ),
+    "unknown key of a rule": (
+        LOCAL + '[[routing.rules]]\nbackends = "local"\n',
+        "routing.rules[0].backends",
+        "'local'",
+        'did you mean "backend"?',
+    ),
+    "rules that are one table": (LOCAL + "[routing.rules]\n", "routing.rules", "(a table)", "[[routing.rules]]"),
+    "function": (LOCAL + '[routing]\nfunction = "choose"\n', "routing.function", "'choose'", '"MODULE:NAME"'),
+    "function and rules": (
+        LOCAL + '[routing]\nfunction = "a:b"\nrules = []\n',
+        "routing.function",
+        "'a:b'",
+        "not both",
+    ),
+    "listen without a port": ('[http]\nlisten = "localhost"\n' + LOCAL, "http.listen", "'localhost'", '"HOST:PORT"'),
+    "port": ('[http]\nlisten = "localhost:65536"\n' + LOCAL, "http.listen", "'localhost:65536'", "0 to 65535"),
+    "a date": ("[cache]\nmax_bytes = 2020-01-02\n" + LOCAL, "cache.max_bytes", "2020-01-02", "an integer of bytes"),
+    "one place for cache and objects": (
+        LOCAL + '[cache]\ndir = "objects"\n',
+        "backends.local",
+        "objects'",
+        "another place than that of cache.dir",
+    ),
+    "one bucket twice": (
+        S3 + S3.replace("backends.rgw", "backends.two") + '[routing]\ndefault = "two"\n',
+        "backends.two",
+        "artifacts",
+        "another place than that of backends.rgw",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_values_name_key_value_and_what_is_allowed(tmp_path: Path, case: str) -> None:
+    text, key, value, allowed = BAD[case]
+    message = refused(tmp_path, text)
+    assert message.startswith(key)
+    assert value in message
+    assert allowed in message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[store\n", "is not TOML: "),
+        (b"[store]\n[store]\n", "is not TOML: "),
+        (b"a = '\xff'\n", "is not UTF-8 text"),
+        (b"a = " + b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_files_that_are_not_toml(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "castore.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, {})
+    assert str(caught.value).startswith(f"{path}: ")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        S3.replace("env:RGW_ACCESS_KEY", SECRET),
+        S3.replace("file:secrets/rgw", SECRET),
+        S3.replace("env:RGW_ACCESS_KEY", f"env:{SECRET}"),
+        S3.replace('"env:RGW_ACCESS_KEY"', f'["{SECRET}"]'),
+        S3.replace('"env:RGW_ACCESS_KEY"', f'{{value = "{SECRET}"}}'),
+        S3.replace("env:RGW_ACCESS_KEY", f"file:~{SECRET}"),
+        S3.replace("secret_key_ref", "secret_key").replace("file:secrets/rgw", SECRET),
+        S3 + f'note = "{SECRET}"\n',
+        S3.replace("https://", f"https://user:{SECRET}@"),
+        S3.replace('type = "s3"', f'type = "s3"\ncredentials = ["{SECRET}"]'),
+        S3.replace("[backends.rgw]", "[[backends]]").replace("env:RGW_ACCESS_KEY", SECRET),
+        f'[backends]\nrgw = "{SECRET}"\n',
+        f'[http]\ntoken = "{SECRET}"\n' + LOCAL,
+        f'secret_key = "{SECRET}"\n' + LOCAL,
+        f'[backend.rgw]\nsecret_key = "{SECRET}"\n' + LOCAL,
+        f'[[backend]]\nsecret_key = "{SECRET}"\n' + LOCAL,
+    ],
+)
+def test_what_may_be_a_secret_is_never_shown(tmp_path: Path, text: str) -> None:
+    assert SECRET in text
+    message = refused(tmp_path, text)
+    assert SECRET not in message
+    assert "hunter2" not in message
+
+
+def test_references_resolve_at_use(tmp_path: Path) -> None:
+    config = load(tmp_path, S3)
+    settings = config.backends["rgw"]
+    assert isinstance(settings, S3Settings)
+    (tmp_path / "secrets").mkdir()
+    for line_break in ("", "\n", "\r\n"):
+        (tmp_path / "secrets/rgw").write_bytes(f"{SECRET}{line_break}".encode())
+        assert settings.secret_key_ref.resolve({}) == SECRET
+    assert settings.access_key_ref.resolve({"RGW_ACCESS_KEY": SECRET}) == SECRET
+    config.check_references({"RGW_ACCESS_KEY": SECRET})
+    for text in (repr(config), str(config), str(settings.access_key_ref), f"{settings.secret_key_ref}"):
+        assert SECRET not in text
+    assert str(settings.access_key_ref) == "env:RGW_ACCESS_KEY"
+
+
+@pytest.mark.parametrize(
+    ("content", "environ", "words"),
+    [
+        (
+            b"x",
+            {},
+            "backends.rgw.access_key_ref: cannot resolve env:RGW_ACCESS_KEY: the environment variable is not set",
+        ),
+        (b"x", {"RGW_ACCESS_KEY": ""}, "the environment variable is empty"),
+        (None, {"RGW_ACCESS_KEY": "x"}, "backends.rgw.secret_key_ref: cannot resolve file:secrets/rgw: no such file"),
+        (b"", {"RGW_ACCESS_KEY": "x"}, "the file is empty"),
+        (b"\n", {"RGW_ACCESS_KEY": "x"}, "the file is empty"),
+        (f"{SECRET}\n{SECRET}\n".encode(), {"RGW_ACCESS_KEY": "x"}, "the file has more than one line"),
+        (SECRET.encode() + b"\xff", {"RGW_ACCESS_KEY": "x"}, "the file is not UTF-8 text"),
+        (SECRET.encode() * 4096, {"RGW_ACCESS_KEY": "x"}, "the file is longer than 65536 bytes"),
+    ],
+)
+def test_references_that_do_not_resolve(
+    tmp_path: Path, content: bytes | None, environ: dict[str, str], words: str
+) -> None:
+    config = load(tmp_path, S3)
+    if content is not None:
+        (tmp_path / "secrets").mkdir()
+        (tmp_path / "secrets/rgw").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        config.check_references(environ)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    # Nothing that a traceback could print holds it either.
+    link: BaseException | None = caught.value
+    while link is not None:
+        assert SECRET not in repr(link)
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def test_order_of_files(tmp_path: Path) -> None:
+    """Explicit, then the variable, then the user's file; never the working directory's."""
+    for name in ("explicit", "variable", "home/castore/castore", "work/castore"):
+        path = tmp_path / f"{name}.toml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'[store]\nstate_dir = "/{name}"\n{LOCAL}')
+
+    def state_dir(arguments: list[str], **environ: str) -> str:
+        code = (
+            "import sys; from pathlib import Path; from castore.config import load_config\n"
+            "print(load_config(*map(Path, sys.argv[1:])).store.state_dir)"
+        )
+        child = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=tmp_path / "work",
+            env={**os.environ, "XDG_DATA_HOME": str(tmp_path / "data"), **environ},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return child.stdout.strip()
+
+    home, variable = str(tmp_path / "home"), str(tmp_path / "variable.toml")
+    assert state_dir(["../explicit.toml"], CASTORE_CONFIG=variable, XDG_CONFIG_HOME=home) == "/explicit"
+    assert state_dir([], CASTORE_CONFIG=variable, XDG_CONFIG_HOME=home) == "/variable"
+    assert state_dir([], CASTORE_CONFIG="", XDG_CONFIG_HOME=home) == "/home/castore/castore"
+
+
+def test_without_a_file(tmp_path: Path) -> None:
+    code = (
+        "from castore.config import load_config\n"
+        "c = load_config()\n"
+        "print(c.source, c.store.state_dir, c.cache.dir, c.backends['local'].path, c.routing.default)"
+    )
+    homes = {f"XDG_{name}_HOME": str(tmp_path / name) for name in ("CONFIG", "DATA", "CACHE")}
+    environ = {key: value for key, value in os.environ.items() if key != "CASTORE_CONFIG"} | homes
+    child = subprocess.run(
+        [sys.executable, "-c", code], env=environ, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    data, cache = tmp_path / "DATA/castore", tmp_path / "CACHE/castore"
+    assert child.stdout == f"None {data} {cache} {data}/objects local\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.toml"
+    with pytest.raises(ConfigError, match=r"missing\.toml: cannot be read: No such file or directory"):
+        load_config(missing, {})
+    with pytest.raises(ConfigError, match=r"missing\.toml: cannot be read"):
+        load_config(None, {"CASTORE_CONFIG": str(missing)})
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(tmp_path, {})
+
+
+def test_home_of_another_user(tmp_path: Path) -> None:
+    config = load(tmp_path, '[store]\nstate_dir = "~root/x"\n' + LOCAL)
+    assert config.store.state_dir == Path(pwd.getpwnam("root").pw_dir) / "x"
+
+
+UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+@given(st.integers(0, MAX_SIZE_BYTES // 2**40), st.sampled_from(sorted(UNITS)), st.sampled_from(["", " "]))
+def test_sizes(number: int, unit: str, space: str) -> None:
+    assert parse_size(f"{number}{space}{unit}") == number * UNITS[unit]
+
+
+@given(st.integers(0, 10**6), st.integers(0, 999), st.sampled_from(sorted(set(UNITS) - {"B"})))
+def test_sizes_with_a_point(whole: int, thousandths: int, unit: str) -> None:
+    exact = Fraction(whole * 1000 + thousandths, 1000) * UNITS[unit]
+    text = f"{whole}.{thousandths:03d}{unit}"
+    if exact.denominator == 1:
+        assert parse_size(text) == exact
+    else:
+        with pytest.raises(ValueError, match="whole number"):
+            parse_size(text)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([("ms", 1), ("s", 10**3), ("min", 60_000), ("h", 3_600_000)]))
+def test_durations(number: int, unit: tuple[str, int]) -> None:
+    assert round(parse_duration(f"{number}{unit[0]}") * 1000) == number * unit[1]
+
+
+@given(st.text(max_size=12).filter(lambda text: re.fullmatch(r"[0-9.]+ ?[A-Za-z]+", text) is None))
+@example("1GiB\n")
+@example(" 1GiB")
+@example("1  GiB")
+@example("-1GiB")
+@example("\u0661GiB")
+def test_other_texts_are_no_sizes_or_durations(text: str) -> None:
+    for parse in (parse_size, parse_duration):
+        with pytest.raises(ValueError, match=r"^not a "):
+            parse(text)
+
+
+def test_the_example_of_a_message(tmp_path: Path) -> None:
+    assert refused(tmp_path, '[cache]\nmax_bytes = "20G"\n' + LOCAL) == (
+        "cache.max_bytes = '20G': expected an integer of bytes, or a size such as \"20GiB\" "
+        "(B, kB, MB, GB, TB, KiB, MiB, GiB, TiB)"
+    )
+
+
+def test_tomllib_is_what_reads_the_cases() -> None:
+    """A case that is not TOML would prove nothing."""
+    for text, *_ in BAD.values():
+        tomllib.loads(text)
