@@ -225,3 +225,22 @@ class StorageUnavailable(StorageError):
     """The backend cannot be reached, or fails for now."""
 
     temporary = True
+
+
+def to_text(error: CastoreError) -> str:
+    """`ClassName: message`, for an error that is kept and raised again later."""
+    return f"{type(error).__name__}: {error}"
+
+
+def from_text(text: str) -> CastoreError:
+    """The error that `to_text` wrote; a CastoreError with the whole text when the class is not known."""
+    name, colon, message = text.partition(": ")
+    return named(name, message) if colon else CastoreError(text)
+
+
+def named(name: str, message: str) -> CastoreError:
+    """An error of the class with that name; a plain CastoreError when there is none."""
+    kind = globals().get(name)
+    if isinstance(kind, type) and issubclass(kind, CastoreError):
+        return kind(message)
+    return CastoreError(message)

@@ -74,6 +74,8 @@ class Daemon:
         self._lock: int | None = None
         self._mounted = False
         self._unmounted = False
+        self._unmounting = trio.CapacityLimiter(1)
+        """Held while `umount` takes the mount away, so that its caller is answered before the daemon ends."""
 
     def __enter__(self) -> Daemon:
         state_dir = self._config.store.state_dir
@@ -163,6 +165,8 @@ class Daemon:
             # Never cancelled: it ends by `terminate()`, or when the mount is taken away.
             with trio.CancelScope(shield=True):
                 await pyfuse3.main(min_tasks=1, max_tasks=kernel.MAX_TASKS)
+                async with self._unmounting:
+                    pass
             nursery.cancel_scope.cancel()
 
     async def _tune_and_tell(self, on_ready: Any) -> None:
@@ -262,9 +266,13 @@ class Daemon:
             await self._drain(float(request.get("timeout_seconds", 600.0)), report)
         files, size_bytes = self._ingest.unfinished()
         with trio.CancelScope(shield=True):
-            self._unmounted = await trio.to_thread.run_sync(mountpoint.try_unmount, self._path)
-            if not self._unmounted:
-                raise StateError(await trio.to_thread.run_sync(mountpoint.busy_message, self._path))
+            await self._unmounting.acquire()
+            try:
+                self._unmounted = await trio.to_thread.run_sync(mountpoint.try_unmount, self._path)
+                if not self._unmounted:
+                    raise StateError(await trio.to_thread.run_sync(mountpoint.busy_message, self._path))
+            finally:
+                self._unmounting.release()
         return {"staged_files": files, "staged_bytes": size_bytes}
 
     async def _drain(self, seconds: float, report: Report) -> None:

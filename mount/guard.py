@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Final, ParamSpec, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
@@ -22,7 +22,7 @@ HANDLER_SECONDS: Final = 120.0
 """A handler that waits longer answers ETIMEDOUT. Backends have shorter deadlines; this one catches what they miss."""
 
 
-def guarded(handler: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+def guarded(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     """Wrap a handler that does not wait for anything: any exception but FUSEError would end the mount."""
 
     @functools.wraps(handler)
@@ -37,7 +37,7 @@ def guarded(handler: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
     return wrapper
 
 
-def deadlined(handler: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+def deadlined(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     """As `guarded`, for a handler that may wait: it answers within HANDLER_SECONDS."""
 
     @functools.wraps(handler)

@@ -12,7 +12,7 @@ import trio
 
 from castore.catalog.records import Kind
 from castore.catalog.workspace import Node
-from castore.errors import DeadlineExceeded, IsADirectory, NoAttribute
+from castore.errors import DeadlineExceeded, IsADirectory, NoAttribute, from_text
 from castore.ingest.service import Ingest
 from castore.ingest.tree import INGEST_ROOT, PRODUCER, RETENTION_CLASS
 from mount.attributes import CHANGING_SECONDS, INGEST_SECONDS, absent, make, of_node
@@ -83,7 +83,7 @@ class IngestFiles:
     async def _computed(self, node: Node, name: bytes) -> bytes:
         if node.kind is Kind.FILE and name == STATE:
             error = self._ingest.store.error(node.inode) if node.state == "failed" else ""
-            return f"failed: {error}".encode() if error else node.state.encode()
+            return f"failed: {from_text(error)}".encode() if error else node.state.encode()
         if node.kind is Kind.FILE and name in (b"user.castore.digest", b"user.hash.sha256"):
             summary = self._ingest.store.summary(node.inode)
             if summary is None:

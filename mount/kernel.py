@@ -22,17 +22,17 @@ def tune(mountpoint: Path) -> None:
     if device is None:
         return
     minor = device.partition(":")[2]
-    settings = {
-        Path(f"/sys/class/bdi/{device}/read_ahead_kb"): READ_AHEAD_KIB,
-        Path(f"/sys/fs/fuse/connections/{minor}/max_background"): MAX_BACKGROUND,
-        Path(f"/sys/fs/fuse/connections/{minor}/congestion_threshold"): MAX_BACKGROUND * 3 // 4,
-    }
-    for path, value in settings.items():
+    connection = f"/sys/fs/fuse/connections/{minor}"
+    settings = (
+        (f"/sys/class/bdi/{device}/read_ahead_kb", READ_AHEAD_KIB, "large reads are slower"),
+        (f"{connection}/max_background", MAX_BACKGROUND, "slow reads may delay others; is fusectl mounted there?"),
+        (f"{connection}/congestion_threshold", MAX_BACKGROUND * 3 // 4, "as above"),
+    )
+    for path, value, else_what in settings:
         try:
-            path.write_text(str(value))
+            Path(path).write_text(str(value))
         except OSError as exc:
-            log.info("%s stays as it is (%s): large reads are slower", path, exc.strerror)
-            return
+            log.info("%s stays as it is (%s): %s", path, exc.strerror, else_what)
 
 
 def _device(mountpoint: Path) -> str | None:

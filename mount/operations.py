@@ -6,6 +6,7 @@ import os
 import stat
 import time
 from collections.abc import Sequence
+from typing import cast
 
 import pyfuse3
 
@@ -313,10 +314,11 @@ class CastoreOperations(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=self.handles.add(handle)), of_node(node)
 
     @deadlined
-    async def read(self, fh: int, off: int, size: int) -> bytes | memoryview:
+    async def read(self, fh: int, off: int, size: int) -> bytes:
         handle = self.handles.get(fh)
         if isinstance(handle, BlobHandle):
-            return await handle.blob.read(off, size)
+            # pyfuse3 takes any buffer, and a memoryview saves a copy.
+            return cast(bytes, await handle.blob.read(off, size))
         if isinstance(handle, StagedHandle):
             return self._ingest.files.read(handle.file, off, size)
         return handle.data[off : off + size]

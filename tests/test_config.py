@@ -17,10 +17,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import castore
 from castore.config import Config, LocalSettings, S3Settings, load_config
 from castore.config_values import MAX_SIZE_BYTES, SecretRef, parse_duration, parse_size
 from castore.errors import ConfigError
 
+ROOT = str(Path(castore.__file__).parents[1])
 LOCAL = '[backends.local]\ntype = "local"\npath = "objects"\n'
 SECRET = "hunter2-WJalrXUtnFEMI/K7MDENG+bPxRfi"
 S3 = """
@@ -397,7 +399,7 @@ def test_order_of_files(tmp_path: Path) -> None:
         child = subprocess.run(
             [sys.executable, "-c", code, *arguments],
             cwd=tmp_path / "work",
-            env={**os.environ, "XDG_DATA_HOME": str(tmp_path / "data"), **environ},
+            env={**os.environ, "PYTHONPATH": ROOT, "XDG_DATA_HOME": str(tmp_path / "data"), **environ},
             capture_output=True,
             text=True,
             check=True,
@@ -417,7 +419,9 @@ def test_without_a_file(tmp_path: Path) -> None:
         "print(c.source, c.store.state_dir, c.cache.dir, c.backends['local'].path, c.routing.default)"
     )
     homes = {f"XDG_{name}_HOME": str(tmp_path / name) for name in ("CONFIG", "DATA", "CACHE")}
-    environ = {key: value for key, value in os.environ.items() if key != "CASTORE_CONFIG"} | homes
+    environ = (
+        {key: value for key, value in os.environ.items() if key != "CASTORE_CONFIG"} | homes | {"PYTHONPATH": ROOT}
+    )
     child = subprocess.run(
         [sys.executable, "-c", code], env=environ, cwd=tmp_path, capture_output=True, text=True, check=True
     )

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import trio
 
+import castore
 from castore import errors
 from castore.api.control import MAX_CALLERS, Report, serve_control
 from castore.api.control_client import REQUEST_MAX_BYTES, ControlClient, socket_address
@@ -31,6 +32,7 @@ from castore.errors import (
     StateError,
 )
 
+ROOT = str(Path(castore.__file__).parents[1])
 WAIT_SECONDS = 20.0
 
 
@@ -445,7 +447,11 @@ def test_other_users_are_refused(reachable_folder: Path) -> None:
         def call_as_nobody() -> str:
             uid = str(pwd.getpwnam("nobody").pw_uid)
             child = subprocess.run(
-                [sys.executable, "-c", AS_NOBODY, str(daemon.path), uid], capture_output=True, text=True, check=True
+                [sys.executable, "-c", AS_NOBODY, str(daemon.path), uid],
+                env={**os.environ, "PYTHONPATH": ROOT},
+                capture_output=True,
+                text=True,
+                check=True,
             )
             return child.stdout.strip()
 
@@ -516,5 +522,6 @@ def test_the_client_starts_fast() -> None:
         "import sys; import castore.api.control_client\n"
         "print([name for name in sys.modules if name.split('.')[0] in {'trio', 'click', 'rich', 'sqlite_utils'}])"
     )
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    environ = {**os.environ, "PYTHONPATH": ROOT}
+    child = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
     assert child.stdout == "[]\n"

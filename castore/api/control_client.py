@@ -23,8 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from castore import errors
-from castore.errors import AccessDenied, CastoreError, DeadlineExceeded, StateError
+from castore.errors import AccessDenied, CastoreError, DeadlineExceeded, StateError, named
 
 HEARTBEAT_SECONDS: Final = 1.0
 """Also how soon a daemon notices that a caller went away."""
@@ -148,7 +147,4 @@ class ControlClient:
 
 def error_of(answer: dict[str, Any]) -> CastoreError:
     """The exception that an `error` object names; CastoreError itself for a name that this version does not know."""
-    kind = getattr(errors, str(answer.get("type")), None)
-    if not (isinstance(kind, type) and issubclass(kind, CastoreError)):
-        kind = CastoreError
-    return kind(str(answer.get("message", "the daemon gave no reason")))
+    return named(str(answer.get("type")), str(answer.get("message", "the daemon gave no reason")))

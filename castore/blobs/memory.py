@@ -133,4 +133,3 @@ class SpanMemory:
 
 def _cost(span: Span) -> int:
     return len(span.buffer) + SPAN_OVERHEAD_BYTES
-

@@ -8,7 +8,7 @@ import trio
 
 from castore.blobs.flights import MAX_GET_BYTES, Flights
 from castore.blobs.memory import KnownBlob, Span
-from castore.blobs.pattern import ReadPattern
+from castore.blobs.pattern import ReadPattern, refill_bytes
 from castore.catalog.records import Blob
 from castore.errors import CastoreError
 
@@ -106,8 +106,8 @@ class OpenBlob:
         while index < limit and index in known.spans:
             index = known.spans[index].end
         limit = min(limit, index + flights.room_bytes() // known.block_size)
-        # A few large gets instead of one for each read: wait until half of the window is missing.
-        if index >= limit or (limit < self._block_count and 2 * (limit - index) * known.block_size < window):
+        enough = limit == self._block_count or (limit - index) * known.block_size >= refill_bytes(window)
+        if index >= limit or not enough:
             return
         stop = self._gap_end(index, limit)
         self._ahead = [span for span in self._ahead if span.unread]

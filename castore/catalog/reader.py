@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from castore.catalog.connection import open_reader
-from castore.catalog.records import Blob, Entry, Kind, Location, LocationStatus, Package, PackageName
+from castore.catalog.records import GOOD_STATUSES, Blob, Entry, Kind, Location, LocationStatus, Package, PackageName
 from castore.digest import BlobSummary, Digest
 
 _ENTRY: Final = (
@@ -32,7 +32,8 @@ def _blob(row: Any) -> Blob:
 
 
 def _package(row: Any) -> Package:
-    return Package(*row[:10], Digest(row[10], row[11]), tuple(json.loads(row[12])))
+    fields: tuple[Any, ...] = (*row[:10], Digest(row[10], row[11]), tuple(json.loads(row[12])))
+    return Package(*fields)
 
 
 class CatalogReader:
@@ -166,6 +167,15 @@ class CatalogReader:
             (blob_id,),
         )
         return [Location(Digest(row[0], row[1]), row[2], LocationStatus(row[3]), *row[4:]) for row in rows]
+
+    def good_backends(self, digest: Digest) -> set[str]:
+        """The backends that hold a blob in a good location, as of now: a decision needs the writer's answer."""
+        rows = self._execute(
+            "SELECT backend_id FROM storage_locations JOIN blobs USING (blob_id) "
+            "WHERE digest = ? AND algorithm = ? AND status IN (?, ?)",
+            (digest.raw, digest.algorithm, *GOOD_STATUSES),
+        )
+        return {row[0] for row in rows}
 
     def location_counts(self) -> list[tuple[str, LocationStatus, int, int]]:
         """(backend_id, status, number of locations, bytes), for every pair that occurs."""

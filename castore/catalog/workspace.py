@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +19,10 @@ from castore.catalog.records import Kind
 from castore.digest import BlobSummary, Digest
 
 _NODE: Final = "nodes.inode, version_inode, kind, mode, uid, gid, mtime_ns, ctime_ns, size_bytes, nlink, target, state"
+NODES_KEPT: Final = 16_384
+"""Nodes that are kept in memory, some 8 MB: a copy of many small files asks for each of its directories and files over
+and over, and each answer of SQLite costs four system calls for its locks."""
+
 _SUMMARY: Final = "algorithm, digest, size_bytes, block_size_bytes, checksum_algorithm, checksums"
 
 
@@ -77,9 +81,12 @@ class WorkspaceStore:
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
+        self._read_only = read_only
         self._database = open_reader(path) if read_only else open_writer(path, synchronous="NORMAL")
         self._execute = self._database.conn.execute
         self._depth = 0
+        self._nodes: dict[int, Node] = {}
+        """Nodes as they are in the database: only this connection writes to it. Forgotten all together when full."""
 
     def close(self) -> None:
         """Close the connection."""
@@ -99,6 +106,7 @@ class WorkspaceStore:
                     yield
                     self._execute("COMMIT")
                 except BaseException:
+                    self._nodes.clear()
                     if self._database.conn.in_transaction:
                         self._execute("ROLLBACK")
                     raise
@@ -118,8 +126,18 @@ class WorkspaceStore:
 
     def node(self, inode: int) -> Node | None:
         """The node of that inode."""
+        known = self._nodes.get(inode)
+        if known is not None:
+            return known
         row = self._execute(f"SELECT {_NODE} FROM nodes WHERE inode = ?", (inode,)).fetchone()
-        return None if row is None else _node(row)
+        return None if row is None else self._remember(_node(row))
+
+    def _remember(self, node: Node) -> Node:
+        if not self._read_only:
+            if len(self._nodes) >= NODES_KEPT:
+                self._nodes.clear()
+            self._nodes[node.inode] = node
+        return node
 
     def child(self, parent: int, name: bytes) -> Node | None:
         """The node of that name in a directory."""
@@ -182,6 +200,8 @@ class WorkspaceStore:
             f"RETURNING inode, version_inode, {_SUMMARY}",
             (limit,),
         ).fetchall()
+        for row in rows:
+            self._nodes.pop(row[0], None)
         return [(row[0], row[1], _summary(row[2:])) for row in rows]
 
     def any_in_state(self, version_inode: int, *states: str) -> tuple[int, str] | None:
@@ -265,9 +285,11 @@ class WorkspaceStore:
                 node.state,
             ),
         )
+        self._remember(node)
 
     def update_node(self, inode: int, **columns: Any) -> None:
         """Set columns of a node."""
+        self._nodes.pop(inode, None)
         names = ", ".join(f"{name} = ?" for name in columns)
         self._execute(f"UPDATE nodes SET {names} WHERE inode = ?", (*columns.values(), inode))
 
@@ -291,6 +313,7 @@ class WorkspaceStore:
 
     def move_state(self, inode: int, digest: Digest, *, state: str, error: str = "") -> bool:
         """Set the state of a file whose bytes still have that digest; False when they changed meanwhile."""
+        self._nodes.pop(inode, None)
         cursor = self._execute(
             "UPDATE nodes SET state = ?, error = ? WHERE inode = ? AND digest = ? AND algorithm = ?",
             (state, error, inode, digest.raw, digest.algorithm),
@@ -299,6 +322,7 @@ class WorkspaceStore:
 
     def restage(self, *, version_inode: int | None = None, state: str = "failed") -> int:
         """Put files in a state back to `staged`, to be put again. Returns how many."""
+        self._nodes.clear()
         where = "" if version_inode is None else "AND version_inode = ?"
         parameters = (state,) if version_inode is None else (state, version_inode)
         cursor = self._execute(
@@ -323,9 +347,13 @@ class WorkspaceStore:
     def touch(self, inode: int, now_ns: int) -> None:
         """A directory's entries changed."""
         self._execute("UPDATE nodes SET mtime_ns = ?, ctime_ns = ? WHERE inode = ?", (now_ns, now_ns, inode))
+        known = self._nodes.get(inode)
+        if known is not None:
+            self._nodes[inode] = replace(known, mtime_ns=now_ns, ctime_ns=now_ns)
 
     def delete_node(self, inode: int) -> None:
         """Remove a node that has no names, and its attributes."""
+        self._nodes.pop(inode, None)
         self._execute("DELETE FROM attributes WHERE inode = ?", (inode,))
         self._execute("DELETE FROM nodes WHERE inode = ?", (inode,))
 
@@ -342,6 +370,7 @@ class WorkspaceStore:
 
     def move_subtree(self, inode: int, version_inode: int) -> None:
         """Everything at or below `inode` lies in another version now; its stored files are routed anew."""
+        self._nodes.clear()
         self._execute(
             "WITH RECURSIVE walk(inode) AS (SELECT ? UNION "
             "  SELECT links.inode FROM walk JOIN links ON links.parent = walk.inode) "
@@ -399,6 +428,7 @@ class WorkspaceStore:
                 )
             ]
             for node in nodes:
+                self._nodes.pop(node.inode, None)
                 self._execute("DELETE FROM links WHERE inode = ?", (node.inode,))
                 self._execute("DELETE FROM attributes WHERE inode = ?", (node.inode,))
                 self._execute("DELETE FROM nodes WHERE inode = ?", (node.inode,))

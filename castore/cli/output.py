@@ -11,6 +11,8 @@ import click
 
 _IEC_UNITS: Final = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _NS: Final = 10**9
+_FIRST_TIME_NS: Final = 10**17
+"""March 1973, or three years: a larger number of nanoseconds is a time, a smaller one a duration."""
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -33,8 +35,28 @@ def print_columns(rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -
 
 
 def print_document(document: Mapping[str, Any]) -> None:
-    """A nested document as `dotted.key  value` lines; the suffixes `_bytes` and `_ns` become units."""
-    print_columns(_flat("", document))
+    """A nested document: its values as `dotted.key  value` lines, then its lists of alike objects as tables.
+
+    What ends in `_bytes` or `_ns` gets units.
+    """
+    tables = {key: value for key, value in document.items() if _is_table(value)}
+    print_columns(_flat("", {key: value for key, value in document.items() if key not in tables}))
+    for name, items in tables.items():
+        readable = [[_readable(key, value) for key, value in item.items()] for item in items]
+        click.echo(f"\n{printable(name)}")
+        print_columns(
+            [[key.upper() for key, _ in readable[0]], *([value for _, value in row] for row in readable)],
+        )
+
+
+def _is_table(value: Any) -> bool:
+    """Whether a value is a list of objects with the same keys and without objects in them."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, Mapping) and item.keys() == value[0].keys() for item in value)
+        and not any(isinstance(cell, Mapping | list) for item in value for cell in item.values())
+    )
 
 
 def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
@@ -49,18 +71,18 @@ def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
 
 
 def _readable(key: str, value: Any) -> tuple[str, str]:
+    """A value for a person. Keys stay as they are: so they can be found in the JSON document."""
     if isinstance(value, bool):
-        return printable(key), "yes" if value else "no"
-    if isinstance(value, int | float):
-        if key.endswith("_bytes"):
-            return printable(key.removesuffix("_bytes")), format_bytes(int(value))
-        if key.endswith("_at_ns"):
-            return printable(key.removesuffix("_ns")), format_time_ns(int(value))
-        if key.endswith("_ns"):
-            return printable(key.removesuffix("_ns")), f"{value / _NS:.3f} s"
-        if key.endswith("_seconds"):
-            return printable(key.removesuffix("_seconds")), f"{value:g} s"
-    return printable(key), "-" if value is None or value == "" else printable(str(value))
+        shown = "yes" if value else "no"
+    elif value is None or value == "":
+        shown = "-"
+    elif isinstance(value, int | float) and key.endswith("_bytes"):
+        shown = format_bytes(int(value))
+    elif isinstance(value, int | float) and key.endswith("_ns"):
+        shown = format_time_ns(int(value)) if value >= _FIRST_TIME_NS else f"{value / _NS:.3f} s"
+    else:
+        shown = printable(str(value))
+    return printable(key), shown
 
 
 def format_bytes(size_bytes: int) -> str:

@@ -8,10 +8,10 @@ from typing import Any, Final
 import click
 
 from castore.api.control_client import ControlClient
-from castore.cli.mountinfo import read_mounts
 from castore.cli.output import format_bytes, print_columns, print_document, print_json, printable
 from castore.cli.session import Session, common_options, json_option
 from castore.errors import StateError
+from castore.mountinfo import read_mounts
 
 STATUS_SECONDS: Final = 5.0
 """The daemon answers from memory."""
@@ -71,7 +71,7 @@ def _print_catalog(document: dict[str, Any]) -> None:
         click.echo("nothing is mounted")
     for mount in document["mounts"]:
         click.echo(f"mounted at {printable(mount['mountpoint'])}{' (read-only)' if mount['read_only'] else ''}")
-    click.echo(f"{catalog['package_count']} packages, {format_bytes(catalog['size_bytes'])}")
+    click.echo(f"packages: {catalog['package_count']}, {format_bytes(catalog['size_bytes'])}")
     if catalog["locations"]:
         click.echo()
         rows = [

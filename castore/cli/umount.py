@@ -14,11 +14,11 @@ from typing import Any, Final
 import click
 
 from castore.api.control_client import ControlClient
-from castore.cli.mountinfo import Mount, mount_at, resolve_mountpoint, wait_unmounted
 from castore.cli.output import print_json, printable
 from castore.cli.progress import progress
 from castore.cli.session import common_options, json_option
 from castore.errors import ConfigError, DeadlineExceeded, StateError
+from castore.mountinfo import Mount, mount_at, resolve_mountpoint, wait_unmounted
 
 STATUS_SECONDS: Final = 5.0
 """For the question which mount a daemon serves, that it answers from memory."""

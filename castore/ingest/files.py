@@ -294,7 +294,7 @@ class StagedFiles:
             if isinstance(result[0], BlobSummary):
                 self._staged(file, result[0], changes)
             else:
-                self._store.update_node(file.inode, state="failed", error=f"cannot be read: {result[0].strerror}")
+                self._store.update_node(file.inode, state="failed", error=f"SourceChanged: cannot be read: {result[0].strerror}")
             self._close_if_unused(file)
 
         file.pending += 1

@@ -30,6 +30,7 @@ from castore.errors import (
     PackageExists,
     PublishBusy,
     StorageError,
+    from_text,
 )
 from castore.events import PACKAGE_PUBLISHED, Event
 from castore.ingest.files import StagedFiles
@@ -129,7 +130,7 @@ class Publisher:
     async def wait_stored(self, version_inode: int, *, report: Report = _silent) -> None:
         """Until every closed file of a version is stored; files open for writing are not waited for.
 
-        Failed files are tried once more. Raises StorageError with the reason when one fails again, NotFound when the
+        Failed files are tried once more. Raises the error of the first that fails again, NotFound when the
         version goes away, DeadlineExceeded never: the caller bounds it.
         """
         self._uploader.retry_now(version_inode)
@@ -151,7 +152,7 @@ class Publisher:
     def _check_failed(self, version_inode: int) -> None:
         failed = self._store.any_in_state(version_inode, "failed")
         if failed is not None:
-            raise StorageError(failed[1] or "a file could not be stored")
+            raise from_text(failed[1])
 
     async def _next_change(self) -> None:
         with trio.move_on_after(POLL_SECONDS):
@@ -163,7 +164,12 @@ class Publisher:
             if self._tree.find(version_inode) is None:
                 raise NotFound("the version is gone from ingest/")
             self._check_writers(version_inode)
-            self._check_failed(version_inode)
+            try:
+                self._check_failed(version_inode)
+            except CastoreError as exc:
+                if exc.temporary:
+                    raise PublishBusy(f"a file is not stored yet: {exc}; it is tried again") from exc
+                raise
             if self._store.any_in_state(version_inode, *UNFINISHED) is None and not self._writers(version_inode):
                 return
             await report(self.progress(version_inode))

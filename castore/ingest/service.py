@@ -75,6 +75,7 @@ class Ingest:
         )
         self.uploader = Uploader(
             self.store,
+            catalog=catalog,
             writer=writer,
             backends=backends,
             router=self._router,

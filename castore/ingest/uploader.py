@@ -14,10 +14,11 @@ from typing import Final
 
 import trio
 
+from castore.catalog.reader import CatalogReader
 from castore.catalog.workspace import WorkspaceStore
 from castore.catalog.writer import CatalogWriter, Transaction
 from castore.digest import BlobSummary, Digest
-from castore.errors import CastoreError, ConfigError, NotFound, SourceChanged, StateError, StorageError
+from castore.errors import CastoreError, ConfigError, NotFound, SourceChanged, StateError, StorageError, to_text
 from castore.ingest.files import StagedFiles
 from castore.ingest.labels import LabelReader
 from castore.ingest.signal import Signal
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 BATCH_FILES: Final = 64
 """Files that share one transaction of intents: a commit costs about as much as one small put."""
+LINGER_SECONDS: Final = 0.01
+"""How long a staged file waits for others to share a commit with: far below what a person notices."""
 IN_FLIGHT_FILES: Final = 256
 """Files picked and not yet stored or failed; bounds what the uploader remembers."""
 WORKERS: Final = 8
@@ -58,6 +61,7 @@ class Uploader:
         self,
         store: WorkspaceStore,
         *,
+        catalog: CatalogReader,
         writer: CatalogWriter,
         backends: Mapping[str, StorageBackend],
         router: Router,
@@ -66,6 +70,7 @@ class Uploader:
         owner: str,
     ) -> None:
         self._store = store
+        self._catalog = catalog
         self._writer = writer
         self._backends = backends
         self._router = router
@@ -108,6 +113,8 @@ class Uploader:
     async def _dispatch_batch(self) -> None:
         while self._file_count >= IN_FLIGHT_FILES:
             await self.progress.wait()
+        # Files that come one after another share commits: the first of them waits for the next few.
+        await trio.sleep(LINGER_SECONDS)
         self._wake = trio.Event()
         with self._store.transaction():
             picked = self._store.take_staged(min(BATCH_FILES, IN_FLIGHT_FILES - self._file_count))
@@ -118,7 +125,9 @@ class Uploader:
         for inode, version_inode, summary in picked:
             await self._pick(inode, version_inode, summary, uploads)
         try:
-            await self._writer.run(lambda transaction: self._begin(transaction, uploads))
+            # What is stored already needs no transaction of its own: publish looks again, in its own.
+            if any(upload.missing for upload in uploads):
+                await self._writer.run(lambda transaction: self._begin(transaction, uploads))
         except StateError as exc:
             for upload in uploads:
                 upload.error = exc
@@ -135,7 +144,7 @@ class Uploader:
         except NotFound:
             return
         except ConfigError as exc:
-            self._store.move_state(inode, summary.digest, state="failed", error=str(exc))
+            self._store.move_state(inode, summary.digest, state="failed", error=to_text(exc))
             self.progress.pulse()
             return
         running = self._uploads.get(summary.digest)
@@ -147,7 +156,8 @@ class Uploader:
             else:
                 running.followers.append(inode)
             return
-        upload = _Upload(summary, [inode], wanted)
+        stored = self._catalog.good_backends(summary.digest) & wanted
+        upload = _Upload(summary, [inode], wanted - stored, list(stored))
         self._file_count += 1
         self._uploads[summary.digest] = upload
         uploads.append(upload)
@@ -220,7 +230,7 @@ class Uploader:
             upload.followers.extend(again)
             failed = [inode for inode in upload.inodes if inode not in again]
             # A file that changed or went meanwhile does not match: nobody is interested in that put any more.
-            if any([self._store.move_state(inode, digest, state="failed", error=str(upload.error)) for inode in failed]):
+            if any([self._store.move_state(inode, digest, state="failed", error=to_text(upload.error)) for inode in failed]):
                 log.warning("put of %s failed: %s", digest, upload.error)
                 self._retry_seconds = min(max(RETRY_SECONDS_MIN, self._retry_seconds * 2), RETRY_SECONDS_MAX)
                 self._failing.set()

@@ -254,11 +254,12 @@ class BackendConformance:
         async def read_meanwhile() -> None:
             nonlocal seen
             while putting or not seen:
+                seen_before = seen
                 try:
                     info = await backend.head(digest)
                     view = await backend.get(digest, offset=0, length=size)
                 except ObjectMissing:
-                    assert not seen, "an object that is put again must not be missing in between"
+                    assert not seen_before, "an object that is put again must not be missing in between"
                     continue
                 assert info.size_bytes == size
                 assert view == data

@@ -1,4 +1,4 @@
-"""A real catalog and real backends for the tests of the read path. Watches and damages what passes, imitates nothing."""
+"""A real catalog and real backends for the tests of the read path: watched and damaged, never imitated."""
 
 from __future__ import annotations
 
@@ -140,7 +140,8 @@ class World:
     def locate(self, blob_id: int, backend_id: str, status: LocationStatus) -> None:
         """Say in the catalog how a location is."""
         self._writer.execute(
-            "INSERT INTO storage_locations VALUES (?, ?, ?, '', 1, 0) ON CONFLICT DO UPDATE SET status = excluded.status",
+            "INSERT INTO storage_locations VALUES (?, ?, ?, '', 1, 0) "
+            "ON CONFLICT DO UPDATE SET status = excluded.status",
             [blob_id, backend_id, str(status)],
         )
 

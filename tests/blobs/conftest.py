@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from blob_world import MIB, World
+
+from tests.blobs.blob_world import MIB, World
 
 
 @pytest.fixture

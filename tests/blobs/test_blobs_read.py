@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import random
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import trio
-from blob_world import BLOCK, MIB, World, read_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from castore.blobs.open_blob import OpenBlob
-from castore.catalog.records import LocationStatus
+from castore.catalog.records import Blob, LocationStatus
 from castore.digest import SHA256_BLOCKS
 from castore.errors import StorageUnavailable
+from tests.blobs.blob_world import BLOCK, MIB, World, read_all
 
 SIZES = (1, 4096, BLOCK - 1, BLOCK, BLOCK + 1, MIB + 1, 3 * MIB + 5)
 
@@ -57,7 +57,7 @@ async def test_what_is_given_out_cannot_be_changed(world: World, nursery: trio.N
     piece = await file.read(0, 3)
     assert isinstance(piece, memoryview)
     with pytest.raises(TypeError):
-        piece[0] = 0  # type: ignore[index]
+        piece[0] = 0
 
 
 async def test_one_span_is_given_out_without_a_copy(world: World, nursery: trio.Nursery) -> None:
@@ -134,46 +134,53 @@ READS = st.lists(
 
 
 @pytest.fixture(scope="module")
-def contents() -> list[bytes]:
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, list[Blob], list[bytes]]]:
+    """Blobs of many sizes: a bad block here and there, a missing object, a location known to have failed."""
     source = random.Random(7)
-    return [source.randbytes(size) for size in SIZES]
+    contents = [source.randbytes(size) for size in SIZES]
 
-
-@settings(max_examples=50, deadline=None)
-@given(reads=READS, memory_bytes=st.sampled_from([0, 300_000, 2 * MIB, 64 * MIB]), sequential=st.booleans())
-def test_any_reads_agree_with_a_plain_copy(
-    contents: list[bytes], reads: list[tuple[int, int, int]], memory_bytes: int, sequential: bool
-) -> None:
-    async def one(file: OpenBlob, data: bytes, offset: int, length: int) -> None:
-        assert await file.read(offset, length) == data[offset : offset + length]
-
-    async def all_at_once(folder: Path) -> None:
+    async def make(folder: Path) -> tuple[World, list[Blob]]:
         world = await World(folder, "first", "second").create()
         blobs = [await world.add(data) for data in contents]
-        # A bad block here and there, a missing object, a location that is already known to have failed.
         world["first"].flip(blobs[6], 2 * BLOCK + 1)
         world["first"].flip(blobs[6], 3 * MIB)
         world["first"].remove(blobs[5])
         world.locate(blobs[4].blob_id, "first", LocationStatus.FAILED)
+        return world, blobs
+
+    world, blobs = trio.run(make, tmp_path_factory.mktemp("damaged"))
+    yield world, blobs, contents
+    world.close()
+
+
+@settings(deadline=None)
+@given(reads=READS, memory_bytes=st.sampled_from([0, 300_000, 2 * MIB, 64 * MIB]), at_once=st.booleans())
+def test_any_reads_agree_with_a_plain_copy(
+    damaged: tuple[World, list[Blob], list[bytes]], reads: list[tuple[int, int, int]], memory_bytes: int, at_once: bool
+) -> None:
+    world, blobs, contents = damaged
+
+    async def one(file: OpenBlob, data: bytes, offset: int, length: int) -> None:
+        assert await file.read(offset, length) == data[offset : offset + length]
+
+    async def all_of_them() -> None:
         reader = world.reader(memory_bytes=memory_bytes)
         async with trio.open_nursery() as background:
             await background.start(reader.run)
             files = [reader.open(blob) for blob in blobs]
             async with trio.open_nursery() as readers:
                 for which, offset, length in reads:
-                    if sequential:
-                        await one(files[which], contents[which], offset, length)
-                    else:
+                    if at_once:
                         readers.start_soon(one, files[which], contents[which], offset, length)
+                    else:
+                        await one(files[which], contents[which], offset, length)
             for file in files:
                 file.close()
             background.cancel_scope.cancel()
         assert reader.kept_bytes <= memory_bytes
         assert reader.ahead_bytes == 0
-        world.close()
 
-    with tempfile.TemporaryDirectory() as folder:
-        trio.run(all_at_once, Path(folder))
+    trio.run(all_of_them)
 
 
 async def test_sequential_reads_with_evictions_agree(world: World, nursery: trio.Nursery, large: bytes) -> None:

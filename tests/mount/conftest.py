@@ -1,7 +1,8 @@
-"""Fixtures of the mount's tests: a mounted store, and a factory for stores with other settings."""
+"""Fixtures of the mount's tests: a mounted store, one for all tests of a file, and a factory for other settings."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,34 +12,52 @@ import pytest
 from tests.mount.store import MountedStore
 
 
+def _clear(stores: list[MountedStore]) -> None:
+    for store in stores:
+        store.close()
+    for store in stores:
+        assert "Traceback" not in store.log(), store.log()
+
+
 @pytest.fixture
 def make_store(tmp_path: Path) -> Iterator[Callable[..., MountedStore]]:
-    """Makes stores, each in a folder of its own; all are cleared away at the end."""
-    stores: list[MountedStore] = []
+    """Makes stores, each in a folder of its own; all are cleared away at the end.
 
-    def make(ingest: str = "") -> MountedStore:
-        # A short path: other users have to reach it, and pytest's own folders are private.
-        root = Path(tempfile.mkdtemp(dir=tmp_path, prefix="s"))
+    `ingest` is put in that section of the configuration. Other users can reach the mountpoint of a `reachable` store;
+    pytest's own folders are private. A traceback in a daemon's log fails the test: something unforeseen was met.
+    """
+    stores: list[MountedStore] = []
+    outside: list[Path] = []
+
+    def make(ingest: str = "", *, reachable: bool = False) -> MountedStore:
+        root = Path(tempfile.mkdtemp(dir=None if reachable else tmp_path, prefix="castore-" if reachable else "s"))
+        if reachable:
+            outside.append(root)
+            root.chmod(0o755)
         store = MountedStore(root, ingest)
         stores.append(store)
         return store
 
     yield make
-    for store in stores:
-        store.close()
+    try:
+        _clear(stores)
+    finally:
+        for root in outside:
+            shutil.rmtree(root)
 
 
 @pytest.fixture
 def store(make_store: Callable[..., MountedStore]) -> MountedStore:
-    """A store that is mounted; a traceback in its daemon's log fails the test."""
+    """A store that is mounted, for one test alone."""
     made = make_store()
     made.mount()
     return made
 
 
-@pytest.fixture(autouse=True)
-def _no_unforeseen(make_store: Callable[..., MountedStore], request: pytest.FixtureRequest) -> Iterator[None]:
-    """No daemon may have met something unforeseen."""
-    yield
-    for path in request.getfixturevalue("tmp_path").glob("s*/state/log/mount.log"):
-        assert "Traceback" not in path.read_text(), path.read_text()
+@pytest.fixture(scope="module")
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MountedStore]:
+    """A mounted store for all tests of a file, each with a NAME of its own; nobody unmounts it."""
+    made = MountedStore(tmp_path_factory.mktemp("shared"))
+    made.mount()
+    yield made
+    _clear([made])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -9,9 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from castore.mountinfo import mount_at
 
@@ -41,6 +45,24 @@ def wait_until(done: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS
             raise AssertionError(f"not within {seconds:g} s: {what}")
         time.sleep(0.01)
     return answer
+
+
+@contextmanager
+def fails(number: int) -> Iterator[None]:
+    """The block must raise OSError with that errno, no other."""
+    with pytest.raises(OSError) as caught:
+        yield
+    got = caught.value.errno or 0
+    assert got == number, f"{errno.errorcode.get(got, got)} instead of {errno.errorcode[number]}: {caught.value}"
+
+
+def run_tool(*command: str | Path, **options: Any) -> str:
+    """Run a program that must succeed; its standard output, as text."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="surrogateescape", timeout=WAIT_SECONDS * 2, **options
+    )
+    assert done.returncode == 0, f"{' '.join(map(str, command))}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
 
 
 class MountedStore:
@@ -127,7 +149,7 @@ class MountedStore:
             try:
                 source.rename(target)
             except OSError as exc:
-                if exc.strerror != "Device or resource busy":
+                if exc.errno != errno.EBUSY:
                     raise
                 return False
             return True

@@ -56,31 +56,11 @@ class TestLocalBackend(_OnDisk):
         await backend.aclose()
 
 
-class TestLocalBackendInOneThread(_OnDisk):
-    @pytest.fixture
-    async def backend(self, path: Path) -> AsyncIterator[StorageBackend]:
-        backend = LocalBackend("local", path, read_threads=1, write_threads=1)
-        await backend.create()
-        yield backend
-        await backend.aclose()
-
-
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-class TestWrappersOfMemory(BackendConformance):
+class TestWrappers(BackendConformance):
     @pytest.fixture
     async def backend(self, wrapper: str) -> StorageBackend:
         return WRAPPERS[wrapper](MemoryBackend())
-
-
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-class TestWrappersOfLocal(_OnDisk):
-    @pytest.fixture
-    async def backend(self, path: Path, wrapper: str) -> AsyncIterator[StorageBackend]:
-        local = LocalBackend("local", path)
-        await local.create()
-        backend = WRAPPERS[wrapper](local)
-        yield backend
-        await backend.aclose()
 
 
 class TestLocalAsConfigured(_OnDisk):

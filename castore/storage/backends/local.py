@@ -239,7 +239,7 @@ class LocalBackend:
         self._tree.require_root()
         space = os.statvfs(self.path)
         free = space.f_bavail * space.f_frsize
-        if not os.access(self.path, os.R_OK | os.W_OK | os.X_OK):
+        if not os.access(self.path, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
             return BackendHealth("fail", f"{self.path} cannot be written", free)
         if free < LOW_FREE_BYTES:
             return BackendHealth("warn", f"{self.path} has only {free >> 20} MiB left", free)
