@@ -5,6 +5,7 @@
     ├── StateError                  the state directory cannot be used (locked, newer, damaged)
     │   ├── StateLocked             another daemon writes there
     │   ├── CatalogTooNew           made by a newer castore
+    │   ├── CatalogFull       (t)   no space left for the catalog or the workspace
     │   └── CatalogBusy       (t)   another process holds the write lock for too long
     ├── TreeError                   a path operation cannot be done
     │   ├── NotFound  AlreadyExists  NotADirectory  IsADirectory  DirectoryNotEmpty
@@ -65,6 +66,12 @@ class StateLocked(StateError):
 
 class CatalogTooNew(StateError):
     """The catalog was written by a newer castore."""
+
+
+class CatalogFull(StateError):
+    """No space is left for the catalog or the workspace."""
+
+    temporary = True
 
 
 class CatalogBusy(StateError):

@@ -9,12 +9,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote, unquote_to_bytes
 
 from castore.errors import DeadlineExceeded
 
 MOUNTINFO: Final = Path("/proc/self/mountinfo")
 SOURCE_PREFIX: Final = "castore:"
-"""What a castore mount names as its source is this and the state directory."""
+"""What a castore mount names as its source is this and the state directory, see `mount_source`."""
+
+_PLAIN: Final = "".join(map(chr, range(32, 127))).replace("%", "")
 
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 _LINKS_MAX: Final = 40
@@ -32,6 +35,11 @@ class Mount:
     read_only: bool
 
 
+def mount_source(state_dir: Path) -> str:
+    """The source that a mount of this state directory names: printable ASCII, all else and `%` percent-encoded."""
+    return SOURCE_PREFIX + quote(os.fsencode(state_dir), safe=_PLAIN)
+
+
 def parse_mountinfo(text: bytes) -> list[Mount]:
     """All mounts, in the order of the kernel: of several at one place, the last is on top."""
     mounts = []
@@ -40,7 +48,7 @@ def parse_mountinfo(text: bytes) -> list[Mount]:
         fields, (fs_type, source, *super_options) = front.split(b" "), back.split(b" ")
         state_dir = None
         if fs_type.startswith(b"fuse") and _text(source).startswith(SOURCE_PREFIX):
-            state_dir = Path(_text(source).removeprefix(SOURCE_PREFIX))
+            state_dir = Path(os.fsdecode(unquote_to_bytes(_text(source).removeprefix(SOURCE_PREFIX))))
         options = fields[5].split(b",") + (super_options[0].split(b",") if super_options else [])
         mounts.append(Mount(int(fields[0]), Path(_text(fields[4])), _text(fs_type), state_dir, b"ro" in options))
     return mounts

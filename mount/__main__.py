@@ -33,6 +33,8 @@ def main() -> int:
         config = load_config(arguments.config)
         options = parse_options(arguments.options, allow_other=arguments.allow_other)
         with Daemon(config, arguments.mountpoint, options) as daemon:
+            if arguments.ready_fd is not None:
+                os.chdir("/")  # in the background, it keeps nobody's directory busy
             return daemon.run(lambda: _tell(arguments.ready_fd, {"ready": True, "pid": os.getpid()}))
     except CastoreError as exc:
         if arguments.ready_fd is None:

@@ -27,11 +27,13 @@ from castore.errors import ConfigError, StateError, StateLocked, StorageError
 from castore.events import LOCATION_FAILED, Event
 from castore.ingest.publisher import PublishProgress
 from castore.ingest.service import Ingest
+from castore.mountinfo import mount_source
 from castore.registry.names import parse_ref
 from castore.storage.open import open_backend, sweep_backend
 from mount import kernel, mountpoint
 from mount.by_digest import ByDigestTree
 from mount.control import ControlTree
+from mount.guard import waits
 from mount.operations import CastoreOperations
 from mount.packages import PackagesTree
 
@@ -149,7 +151,7 @@ class Daemon:
     # mounting
 
     def _mount(self) -> None:
-        source = f"castore:{self._config.store.state_dir}".replace("\\", "\\\\").replace(",", "\\,")
+        source = mount_source(self._config.store.state_dir).replace("\\", "\\\\").replace(",", "\\,")
         options = set(pyfuse3.default_options) | {f"fsname={source}", "subtype=castore"} | self._options
         try:
             pyfuse3.init(self._operations, str(self._path), options)
@@ -179,6 +181,7 @@ class Daemon:
             async for number in signals:
                 log.info("%s: ending", signal.Signals(number).name)
                 pyfuse3.terminate()
+                waits.end()
 
     def _unmount(self) -> None:
         if self._mounted:
@@ -259,6 +262,7 @@ class Daemon:
         )
         # The kernel was not asked, so it may still know the version under its old name.
         pyfuse3.invalidate_entry_async(parent, version.encode(), ignore_enoent=True)
+        self._operations.forget_latest(name)
         return {"ref": f"{name}/{version}"}
 
     async def _answer_umount(self, request: dict[str, Any], report: Report) -> dict[str, Any]:

@@ -35,6 +35,7 @@ _TABLE: Final[tuple[tuple[type[BaseException], int], ...]] = (
     (errors.StorageDenied, errno.EACCES),
     (errors.StorageFull, errno.ENOSPC),
     (errors.CatalogBusy, errno.EAGAIN),
+    (errors.CatalogFull, errno.ENOSPC),
 )
 
 _PASSED_ON: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EINVAL, errno.ENOMEM})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, ParamSpec, TypeVar
 
 import pyfuse3
@@ -20,6 +21,32 @@ T = TypeVar("T")
 
 HANDLER_SECONDS: Final = 120.0
 """A handler that waits longer answers ETIMEDOUT. Backends have shorter deadlines; this one catches what they miss."""
+
+
+class _Waits:
+    """The handlers that wait just now. pyfuse3's loop ends only when all of them have answered."""
+
+    def __init__(self) -> None:
+        self._scopes: set[trio.CancelScope] = set()
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Cancel the body after `seconds`, or when the daemon ends."""
+        with trio.move_on_after(seconds) as scope:
+            self._scopes.add(scope)
+            try:
+                yield
+            finally:
+                self._scopes.discard(scope)
+
+    def end(self) -> None:
+        """The daemon ends: nobody waits any longer."""
+        for scope in self._scopes:
+            scope.cancel()
+
+
+waits: Final = _Waits()
+"""Of this process: pyfuse3, too, serves one mount a process."""
 
 
 def guarded(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -38,13 +65,13 @@ def guarded(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corouti
 
 
 def deadlined(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """As `guarded`, for a handler that may wait: it answers within HANDLER_SECONDS."""
+    """As `guarded`, for a handler that may wait: it answers within HANDLER_SECONDS, and when the daemon ends."""
 
     @functools.wraps(handler)
     async def within(*args: P.args, **kwargs: P.kwargs) -> T:
-        with trio.move_on_after(HANDLER_SECONDS):
+        with waits.within(HANDLER_SECONDS):
             return await handler(*args, **kwargs)
-        raise DeadlineExceeded(f"{handler.__name__}: no answer within {HANDLER_SECONDS:g} s")
+        raise DeadlineExceeded(f"{handler.__name__}: no answer within {HANDLER_SECONDS:g} s, or the daemon ends")
 
     return guarded(within)
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 
 import pyfuse3
-import trio
 
 from castore.catalog.records import Kind
 from castore.catalog.workspace import Node
@@ -16,6 +15,7 @@ from castore.errors import DeadlineExceeded, IsADirectory, NoAttribute, from_tex
 from castore.ingest.service import Ingest
 from castore.ingest.tree import INGEST_ROOT, PRODUCER, RETENTION_CLASS
 from mount.attributes import CHANGING_SECONDS, INGEST_SECONDS, absent, make, of_node
+from mount.guard import waits
 from mount.handles import StagedHandle
 from mount.packages import PAGE, Child
 
@@ -133,7 +133,7 @@ class IngestFiles:
         node = self._tree.find(inode)
         if node is None or not node.is_version:
             return
-        with trio.move_on_after(wait_seconds):
+        with waits.within(wait_seconds):
             await self._ingest.publisher.wait_stored(inode)
             return
-        raise DeadlineExceeded(f"not everything was stored within {wait_seconds:g} s; it goes on, sync again")
+        raise DeadlineExceeded(f"not everything was stored within {wait_seconds:g} s, or the daemon ends; sync again")

@@ -30,8 +30,8 @@ from mount.inodes import (
     ROOT,
     STATUS_FILE,
 )
-from mount.packages import PackagesTree
-from mount.statistics import statfs_of
+from mount.packages import LATEST, PackagesTree
+from mount.statfs import statfs_of
 
 ReadableTree = PackagesTree | IngestFiles | ByDigestTree | ControlTree
 
@@ -262,6 +262,13 @@ class CastoreOperations(pyfuse3.Operations):
         await self._ingest.publisher.publish(
             node.inode, target.name, new_name, wait_seconds=self._publish_wait_seconds
         )
+        self.forget_latest(target.name)
+
+    def forget_latest(self, name: str) -> None:
+        """A version was published: what the kernel knows of `latest`, or of its absence, is old."""
+        row = self._catalog.package_name(name)
+        if row is not None:
+            pyfuse3.invalidate_entry_async(row.inode, LATEST, ignore_enoent=True)
 
     @deadlined
     async def setattr(

@@ -116,7 +116,8 @@ class PackagesTree:
         """Attributes of a name, or the answer that it is absent."""
         if parent == PACKAGES:
             found = self._name(name.decode("ascii", "replace"))
-            return absent(CHANGING_SECONDS) if found is None else self._of_name(found)
+            # Not kept at all: the NAME is there as soon as somebody makes ingest/NAME.
+            return absent(0.0) if found is None else self._of_name(found)
         entry = self._catalog.lookup(parent, name)
         if entry is not None:
             return self._of_entry(entry)

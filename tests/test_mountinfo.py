@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import threading
 import time
@@ -12,32 +13,48 @@ from pathlib import Path
 import pytest
 
 from castore.errors import DeadlineExceeded
-from castore.mountinfo import Mount, mount_at, parse_mountinfo, read_mounts, resolve_mountpoint, wait_unmounted
+from castore.mountinfo import (
+    Mount,
+    mount_at,
+    mount_source,
+    parse_mountinfo,
+    read_mounts,
+    resolve_mountpoint,
+    wait_unmounted,
+)
 
-LINES = (
-    rb"""22 28 0:20 / /proc rw,nosuid - proc proc rw
-36 35 98:0 /mnt1 /mnt/a\040b\134c\011d rw,noatime master:1 shared:2 - fuse.castore castore:/var/lib/a\040b,c rw,user_id=0
-37 35 98:1 / /mnt/ro ro,noatime - fuse.castore castore:/var/lib/x ro,user_id=0
-38 35 98:2 / /mnt/super rw - fuse.castore castore:/var/lib/x ro
-39 35 98:3 / /mnt/fake rw - tmpfs castore:/var/lib/x rw
-40 35 98:4 / /mnt/"""
-    + b"\xff\r rw - tmpfs  rw\n"
+LINES = b"\n".join(
+    [
+        rb"22 28 0:20 / /proc rw,nosuid - proc proc rw",
+        rb"36 35 98:0 /mnt1 /mnt/a\040b\134c\011d rw master:1 shared:2 - fuse.castore castore:/var/a\040b,c rw",
+        rb"37 35 98:1 / /mnt/ro ro,noatime - fuse.castore castore:/var/x ro,user_id=0",
+        rb"38 35 98:2 / /mnt/super rw - fuse.castore castore:/var/caf%C3%A9%25 ro",
+        rb"39 35 98:3 / /mnt/fake rw - tmpfs castore:/var/x rw",
+        b"40 35 98:4 / /mnt/\xff\r rw - tmpfs  rw",
+        b"",
+    ]
 )
 
 
 def test_lines() -> None:
     mounts = parse_mountinfo(LINES)
-    assert mounts[1] == Mount(36, Path("/mnt/a b\\c\td"), "fuse.castore", Path("/var/lib/a b,c"), False)
+    assert mounts[1] == Mount(36, Path("/mnt/a b\\c\td"), "fuse.castore", Path("/var/a b,c"), False)
     assert [mount.mount_id for mount in mounts] == [22, 36, 37, 38, 39, 40]
     assert [mount.read_only for mount in mounts] == [False, False, True, True, False, False]
-    assert [mount.state_dir for mount in mounts] == [
-        None,
-        Path("/var/lib/a b,c"),
-        *[Path("/var/lib/x")] * 2,
-        None,
-        None,
-    ]
+    state_dirs = [None, Path("/var/a b,c"), Path("/var/x"), Path("/var/caf\xe9%"), None, None]
+    assert [mount.state_dir for mount in mounts] == state_dirs
     assert os.fsencode(mounts[5].mountpoint) == b"/mnt/\xff\r"
+
+
+@pytest.mark.parametrize("name", [b"/plain dir,\\#", b"/caf\xc3\xa9", b"/100%41", b"/\xff\t\n"])
+def test_sources(name: bytes) -> None:
+    """What a mount names as its source is plain ASCII and comes back as the state directory."""
+    state_dir = Path(os.fsdecode(name))
+    source = mount_source(state_dir)
+    assert re.fullmatch(r"castore:[ -~]+", source)
+    escaped = re.sub(r"[ \\#]", lambda match: f"\\{ord(match[0]):03o}", source)
+    (mount,) = parse_mountinfo(f"1 2 0:3 / /mnt rw - fuse.castore {escaped} rw\n".encode())
+    assert mount.state_dir == state_dir
 
 
 def test_here() -> None:

@@ -8,17 +8,17 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
 from castore.catalog import schema
-from castore.errors import CatalogBusy, CatalogTooNew, StateError
+from castore.errors import CatalogBusy, CatalogFull, CatalogTooNew, StateError
 
 if TYPE_CHECKING:
     import sqlite3
@@ -37,15 +37,35 @@ _CACHE_KIB: Final = 16 * 1024
 
 @contextmanager
 def sqlite_errors(path: Path) -> Iterator[None]:
-    """Map SQLite's errors once: CatalogBusy for a lock held too long, StateError for the rest."""
+    """Map SQLite's errors once: CatalogBusy for a lock held too long, CatalogFull, StateError for the rest."""
     try:
         yield
-    except sqlite3.OperationalError as exc:
+    except sqlite3.Error as exc:
+        raise mapped(exc, path) from exc
+
+
+def executor(connection: sqlite3.Connection, path: Path) -> Callable[..., sqlite3.Cursor]:
+    """`connection.execute` with its errors mapped, for single statements: cheaper than a context each time."""
+    execute = connection.execute
+
+    def run(sql: str, parameters: Any = ()) -> sqlite3.Cursor:
+        try:
+            return execute(sql, parameters)
+        except sqlite3.Error as exc:
+            raise mapped(exc, path) from exc
+
+    return run
+
+
+def mapped(exc: sqlite3.Error, path: Path) -> StateError:
+    """The error of castore for one of SQLite."""
+    if isinstance(exc, sqlite3.OperationalError):
         if "locked" in str(exc) or "busy" in str(exc):
-            raise CatalogBusy(f"{path}: another process holds the write lock for over {BUSY_TIMEOUT_MS} ms") from exc
-        raise StateError(f"{path}: {exc}") from exc
-    except sqlite3.DatabaseError as exc:
-        raise StateError(f"{path}: {exc}; restore it from a backup or rebuild it from a backend") from exc
+            return CatalogBusy(f"{path}: another process holds the write lock for over {BUSY_TIMEOUT_MS} ms")
+        if "full" in str(exc):
+            return CatalogFull(f"{path}: {exc}; make room on its file system")
+        return StateError(f"{path}: {exc}")
+    return StateError(f"{path}: {exc}; restore it from a backup or rebuild it from a backend")
 
 
 def _connect(path: Path, *, mode: str) -> Database:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from castore.catalog.connection import open_reader
+from castore.catalog.connection import executor, open_reader, sqlite_errors
 from castore.catalog.records import GOOD_STATUSES, Blob, Entry, Kind, Location, LocationStatus, Package, PackageName
 from castore.digest import BlobSummary, Digest
 
@@ -45,7 +45,7 @@ class CatalogReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._database = open_reader(path)
-        self._execute = self._database.conn.execute
+        self._execute = executor(self._database.conn, path)
 
     @classmethod
     def open(cls, path: Path) -> CatalogReader:
@@ -65,6 +65,10 @@ class CatalogReader:
     def _one(self, sql: str, *parameters: Any) -> Any:
         return self._execute(sql, parameters).fetchone()
 
+    def _rows(self, sql: str, parameters: Any = ()) -> Iterator[Any]:
+        with sqlite_errors(self.path):
+            yield from self._execute(sql, parameters)
+
     def catalog_id(self) -> str:
         """The UUID made when the catalog was made."""
         return str(self._one("SELECT catalog_id FROM catalog_info")[0])
@@ -83,7 +87,7 @@ class CatalogReader:
 
     def children(self, parent_id: int, after: int, limit: int) -> list[Entry]:
         """Up to `limit` entries of a directory with an entry_id above `after`, ascending."""
-        rows = self._execute(
+        rows = self._rows(
             f"SELECT {_ENTRY} FROM entries WHERE parent_id = ? AND entry_id > ? ORDER BY entry_id LIMIT ?",
             (parent_id, after, limit),
         )
@@ -91,7 +95,7 @@ class CatalogReader:
 
     def attributes(self, inode: int) -> dict[bytes, bytes]:
         """The extended attributes that the publisher set."""
-        return dict(self._execute("SELECT name, value FROM entry_attributes WHERE inode = ?", (inode,)))
+        return dict(self._rows("SELECT name, value FROM entry_attributes WHERE inode = ?", (inode,)))
 
     # names and packages
 
@@ -107,7 +111,7 @@ class CatalogReader:
 
     def package_names(self, after: int, limit: int) -> list[PackageName]:
         """Up to `limit` names that have a published version, with an inode above `after`, ascending."""
-        rows = self._execute(
+        rows = self._rows(
             f"SELECT {_NAME} FROM package_names WHERE inode > ? AND latest_version <> '' ORDER BY inode LIMIT ?",
             (after, limit),
         )
@@ -128,7 +132,7 @@ class CatalogReader:
 
     def packages(self) -> Iterator[Package]:
         """All packages, by name, then by the time of publish."""
-        rows = self._execute(f"SELECT {_PACKAGE} {_PACKAGE_FROM} ORDER BY name, published_at_ns, version")
+        rows = self._rows(f"SELECT {_PACKAGE} {_PACKAGE_FROM} ORDER BY name, published_at_ns, version")
         return (_package(row) for row in rows)
 
     # blobs and locations
@@ -152,7 +156,7 @@ class CatalogReader:
 
     def digests(self, algorithm: str, low: bytes, high: bytes, limit: int) -> list[tuple[int, Digest, int]]:
         """Up to `limit` (blob_id, digest, size_bytes) with low <= raw digest < high, ascending."""
-        rows = self._execute(
+        rows = self._rows(
             "SELECT blob_id, digest, size_bytes FROM blobs WHERE algorithm = ? AND digest >= ? AND digest < ? "
             "ORDER BY digest LIMIT ?",
             (algorithm, low, high, limit),
@@ -161,7 +165,7 @@ class CatalogReader:
 
     def locations(self, blob_id: int) -> list[Location]:
         """Every place that the blob is stored, whatever its status; ordered by backend id."""
-        rows = self._execute(
+        rows = self._rows(
             "SELECT algorithm, digest, backend_id, status, reason, stored_at_ns, verified_at_ns "
             "FROM storage_locations JOIN blobs USING (blob_id) WHERE blob_id = ? ORDER BY backend_id",
             (blob_id,),
@@ -170,7 +174,7 @@ class CatalogReader:
 
     def good_backends(self, digest: Digest) -> set[str]:
         """The backends that hold a blob in a good location, as of now: a decision needs the writer's answer."""
-        rows = self._execute(
+        rows = self._rows(
             "SELECT backend_id FROM storage_locations JOIN blobs USING (blob_id) "
             "WHERE digest = ? AND algorithm = ? AND status IN (?, ?)",
             (digest.raw, digest.algorithm, *GOOD_STATUSES),
@@ -179,7 +183,7 @@ class CatalogReader:
 
     def location_counts(self) -> list[tuple[str, LocationStatus, int, int]]:
         """(backend_id, status, number of locations, bytes), for every pair that occurs."""
-        rows = self._execute(
+        rows = self._rows(
             "SELECT backend_id, status, count(*), sum(size_bytes) FROM storage_locations JOIN blobs USING (blob_id) "
             "GROUP BY backend_id, status ORDER BY backend_id, status"
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from castore.catalog.connection import open_reader, open_writer, sqlite_errors
+from castore.catalog.connection import executor, open_reader, open_writer
 from castore.catalog.records import Kind
 from castore.digest import BlobSummary, Digest
 
@@ -83,7 +83,7 @@ class WorkspaceStore:
         self.path = path
         self._read_only = read_only
         self._database = open_reader(path) if read_only else open_writer(path, synchronous="NORMAL")
-        self._execute = self._database.conn.execute
+        self._execute = executor(self._database.conn, path)
         self._depth = 0
         self._nodes: dict[int, Node] = {}
         """Nodes as they are in the database: only this connection writes to it. Forgotten all together when full."""
@@ -100,16 +100,15 @@ class WorkspaceStore:
             return
         self._depth += 1
         try:
-            with sqlite_errors(self.path):
-                self._execute("BEGIN IMMEDIATE")
-                try:
-                    yield
-                    self._execute("COMMIT")
-                except BaseException:
-                    self._nodes.clear()
-                    if self._database.conn.in_transaction:
-                        self._execute("ROLLBACK")
-                    raise
+            self._execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._execute("COMMIT")
+            except BaseException:
+                self._nodes.clear()
+                if self._database.conn.in_transaction:
+                    self._execute("ROLLBACK")
+                raise
         finally:
             self._depth -= 1
 
@@ -180,6 +179,10 @@ class WorkspaceStore:
         """The extended attributes that users set."""
         return dict(self._execute("SELECT name, value FROM attributes WHERE inode = ?", (inode,)))
 
+    def drop_names(self, name: str) -> None:
+        """Forget the inodes of a NAME that is gone and was never published."""
+        self._execute("DELETE FROM names WHERE name = ?", (name,))
+
     def names(self, name: str) -> tuple[int, int] | None:
         """(inode, latest_inode) that packages/NAME has."""
         row = self._execute("SELECT inode, latest_inode FROM names WHERE name = ?", (name,)).fetchone()
@@ -220,9 +223,9 @@ class WorkspaceStore:
         rows = self._execute(f"SELECT {_NODE} FROM nodes WHERE state = 'receiving' AND state <> '' AND nlink > 0")
         return [_node(row) for row in rows]
 
-    def file_inodes(self) -> set[int]:
-        """The inodes of all files."""
-        return {row[0] for row in self._execute("SELECT inode FROM nodes WHERE state <> ''")}
+    def files(self) -> Iterator[Node]:
+        """All files, named or not."""
+        return (_node(row) for row in self._execute(f"SELECT {_NODE} FROM nodes WHERE state <> ''"))
 
     def state_counts(self, version_inode: int | None = None) -> list[StateCount]:
         """Files and bytes by state, of one version or of all."""
@@ -246,9 +249,9 @@ class WorkspaceStore:
         )
         return [(row[0].decode(), row[1].decode(), row[2]) for row in rows]
 
-    def unlinked(self) -> list[int]:
-        """Inodes without a name: left open when a daemon ended."""
-        return [row[0] for row in self._execute("SELECT inode FROM nodes WHERE nlink = 0")]
+    def unlinked(self) -> list[Node]:
+        """Nodes without a name: left open when a daemon ended."""
+        return [_node(row) for row in self._execute(f"SELECT {_NODE} FROM nodes WHERE nlink = 0")]
 
     def tree(self, version_inode: int) -> Iterator[tuple[int, int, bytes, Node]]:
         """(link_id, parent, name, node) of everything in a version, its root first, parents before children."""
@@ -259,7 +262,8 @@ class WorkspaceStore:
                 "  SELECT link_id, parent, name, inode, 0 FROM links WHERE inode = ?"
                 "  UNION ALL SELECT links.link_id, links.parent, links.name, links.inode, depth + 1"
                 "  FROM walk JOIN links ON links.parent = walk.inode ORDER BY 5) "
-                f"SELECT link_id, parent, name, {_NODE} FROM walk JOIN nodes USING (inode)",
+                # CROSS JOIN: SQLite would rather scan all nodes and look each up in the walk, which loses the order.
+                f"SELECT link_id, parent, name, {_NODE} FROM walk CROSS JOIN nodes USING (inode)",
                 (version_inode,),
             )
         )
@@ -358,12 +362,12 @@ class WorkspaceStore:
         self._execute("DELETE FROM nodes WHERE inode = ?", (inode,))
 
     def subtree_is_closed(self, inode: int) -> bool:
-        """Whether no file at or below `inode` has a link elsewhere."""
+        """Whether nothing at or below `inode` has a hard link elsewhere."""
         row = self._execute(
             "WITH RECURSIVE walk(inode) AS (SELECT ? UNION ALL "
             "  SELECT links.inode FROM walk JOIN links ON links.parent = walk.inode) "
             "SELECT 1 FROM (SELECT inode, count(*) AS seen FROM walk GROUP BY inode) JOIN nodes USING (inode) "
-            "WHERE nodes.nlink > seen AND kind = 2 LIMIT 1",
+            "WHERE nodes.nlink > seen LIMIT 1",
             (inode,),
         ).fetchone()
         return row is None
@@ -419,12 +423,15 @@ class WorkspaceStore:
         )
 
     def remove_version(self, version_inode: int, limit: int) -> list[Node]:
-        """Forget up to `limit` nodes of a published version with their names; returns them, [] at the end."""
+        """Forget up to `limit` named nodes of a published version; returns them, [] at the end.
+
+        Unlinked files that are still open stay until their last handle is gone.
+        """
         with self.transaction():
             nodes = [
                 _node(row)
                 for row in self._execute(
-                    f"SELECT {_NODE} FROM nodes WHERE version_inode = ? LIMIT ?", (version_inode, limit)
+                    f"SELECT {_NODE} FROM nodes WHERE version_inode = ? AND nlink > 0 LIMIT ?", (version_inode, limit)
                 )
             ]
             for node in nodes:

@@ -184,7 +184,7 @@ class Transaction:
     def unstored_file(self, version_inode: int, backend_id: str) -> int:
         """The inode of some file of the attached workspace's version that has no good location there, or 0."""
         row = self._execute(
-            "SELECT inode FROM workspace.nodes AS node WHERE version_inode = ? AND kind = 2 AND NOT EXISTS ("
+            "SELECT inode FROM workspace.nodes AS node WHERE version_inode = ? AND kind = 2 AND nlink > 0 AND NOT EXISTS ("
             "  SELECT 1 FROM blobs JOIN storage_locations AS location USING (blob_id) WHERE blobs.digest = node.digest "
             "  AND blobs.algorithm = node.algorithm AND backend_id = ? AND location.status IN (?, ?)) LIMIT 1",
             (version_inode, backend_id, *_GOOD),
@@ -195,7 +195,7 @@ class Transaction:
         """(number of file entries, bytes of all files) of the attached workspace's version."""
         row = self._execute(
             "SELECT coalesce(sum(nlink), 0), coalesce(sum(size_bytes), 0) FROM workspace.nodes "
-            "WHERE version_inode = ? AND kind = 2",
+            "WHERE version_inode = ? AND kind = 2 AND nlink > 0",
             (version_inode,),
         ).fetchone()
         return row[0], row[1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -104,9 +105,10 @@ def command(session: Session, state_dir: Path | None, force: bool, as_json: bool
     config_path = find_config(session.config_path, os.environ) or user_config_path().absolute()
     fresh = force or not os.path.lexists(config_path)
     if fresh:
+        data = _new_file(config_path, state_dir.expanduser().absolute() if state_dir else None)
         if os.path.lexists(config_path):
             note("former configuration", _set_aside(config_path), True)
-        _write_new(config_path, template(state_dir.expanduser().absolute() if state_dir else None))
+        _write_new(config_path, data)
     note("configuration", config_path, fresh)
     config = load_config(config_path)
     if state_dir is not None:
@@ -159,12 +161,21 @@ def _set_aside(path: Path) -> Path:
     return kept
 
 
-def _write_new(path: Path, text: str) -> None:
-    """Write a file that is not there yet: whole or not at all, and durably."""
+def _new_file(path: Path, state_dir: Path | None) -> bytes:
+    """What to write to `path`, proved to be right before anything changes. Raises ConfigError."""
+    from castore.config import parse_config
+
+    text = template(state_dir)
     try:
         data = text.encode()
     except UnicodeEncodeError as exc:
-        raise ConfigError(f"{path}: a path in it is not UTF-8, which TOML does not allow") from exc
+        raise ConfigError(f"{path}: would hold a path that is not UTF-8, which TOML does not allow") from exc
+    parse_config(tomllib.loads(text), source=path)
+    return data
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    """Write a file that is not there yet: whole or not at all, and durably."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -193,7 +204,7 @@ def _make_folder(path: Path) -> bool:
         path.mkdir(mode=0o700)
     except FileExistsError as exc:
         if not path.is_dir():
-            raise StateError(f"{path}: is not a directory") from exc
+            raise StateError(f"{exc.filename}: is not a directory") from exc
         return False
     except OSError as exc:
         raise StateError(f"{path}: cannot be created: {exc.strerror}") from exc

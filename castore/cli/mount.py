@@ -15,17 +15,20 @@ from typing import Any, BinaryIO, Final
 import click
 
 from castore.cli.output import print_json, printable
-from castore.cli.session import Session, common_options, json_option
+from castore.cli.session import Session, common_options, json_option, mountpoint_argument
 from castore.errors import StateError
 
 READY_SECONDS: Final = 60.0
 """For a start that took 0.25 s when measured: a catalog to recover or a slow disk may take long, but not for ever."""
+_END_SECONDS: Final = 2.0
+"""For a daemon that said that it cannot start; all that is left to do for it is to exit."""
 _STOP_SECONDS: Final = 5.0
+"""From SIGTERM to SIGKILL for a daemon that did not start in time."""
 _READY_LINE_MAX_BYTES: Final = 64 * 1024
 
 
 @click.command("mount")
-@click.argument("mountpoint", metavar="MNT", type=click.Path(path_type=Path))
+@mountpoint_argument
 @click.option("-o", "options", metavar="OPTS", multiple=True, help="Mount options, separated by commas.")
 @click.option("--allow-other", is_flag=True, help="Let all users of this host use the mount.")
 @click.option("--background", is_flag=True, help="Return once it is mounted; the daemon lives on.")
@@ -113,7 +116,7 @@ def start_in_background(arguments: list[str], log_path: Path, wait_seconds: floa
     if answer.get("ready") is not True:
         # It ends by itself, and may still have something to write to its log.
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_STOP_SECONDS)
+            process.wait(_END_SECONDS)
         _stop(process)
     if "error" in answer:
         raise StateError(str(answer["error"]))
@@ -162,5 +165,6 @@ def _last_line(log_path: Path, start: int) -> str:
     """The last line written to the log since `start`, as a hint."""
     with log_path.open("rb") as log:
         log.seek(max(start, log.seek(0, os.SEEK_END) - _READY_LINE_MAX_BYTES))
-        lines = log.read().strip().split(b"\n")
-    return printable(lines[-1].strip()) or "it wrote nothing"
+        # What draws the frame of a traceback says nothing.
+        lines = [line.strip(b" |+-") for line in log.read().split(b"\n")]
+    return next((printable(line) for line in reversed(lines) if line), "it wrote nothing")

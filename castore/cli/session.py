@@ -71,3 +71,13 @@ def common_options(command: _Command) -> _Command:
 def json_option(command: _Command) -> _Command:
     """Give a command `--json`, passed on as `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
+
+
+def mountpoint_argument(command: _Command) -> _Command:
+    """Give a command the argument MNT, passed on as `mountpoint`, a path.
+
+    It is taken as it is: `click.Path` would `stat` it, and a mount whose daemon hangs never answers that.
+    """
+    return click.argument(
+        "mountpoint", metavar="MNT", type=click.UNPROCESSED, callback=lambda _context, _parameter, value: Path(value)
+    )(command)

@@ -16,7 +16,7 @@ import click
 from castore.api.control_client import ControlClient
 from castore.cli.output import print_json, printable
 from castore.cli.progress import progress
-from castore.cli.session import common_options, json_option
+from castore.cli.session import common_options, json_option, mountpoint_argument
 from castore.errors import ConfigError, DeadlineExceeded, StateError
 from castore.mountinfo import Mount, mount_at, resolve_mountpoint, wait_unmounted
 
@@ -29,7 +29,7 @@ END_SECONDS: Final = 40.0
 
 
 @click.command("umount")
-@click.argument("mountpoint", metavar="MNT", type=click.Path(path_type=Path))
+@mountpoint_argument
 @click.option("--force", is_flag=True, help="Do not wait for uploads: what is staged stays staged.")
 @click.option(
     "--timeout", metavar="DURATION", default="10min", show_default=True, help='How long to drain, such as "90s".'

@@ -17,7 +17,7 @@ from castore.catalog.workspace import Node, WorkspaceStore
 from castore.digest import BlobHasher, BlobSummary
 from castore.errors import NotOpen, ReadOnly, StagingFull
 from castore.ingest.hashing import INLINE_BYTES, HashQueue, hash_file
-from castore.ingest.signal import Signal
+from castore.ingest.pulse import Signal
 
 
 class StagedFile:
@@ -63,7 +63,7 @@ class StagedFile:
         self._changes = 0
 
     def set_mtime(self, mtime_ns: int) -> None:
-        """The user set the time: a recovery reads it from the staged file."""
+        """The user set the time, or read what we say that it is: a recovery takes it from the staged file."""
         self.mtime_ns = mtime_ns
         os.utime(self.descriptor, ns=(mtime_ns, mtime_ns))
 
@@ -117,6 +117,13 @@ class StagedFiles:
         """The open files of a version."""
         return (file for file in self._open.values() if file.version_inode == version_inode)
 
+    def follow(self, version_inode: int) -> None:
+        """Names moved out of a version: its open files learn in which version they lie now."""
+        for file in self.open_in(version_inode):
+            node = self._store.node(file.inode)
+            if node is not None:
+                file.version_inode = node.version_inode
+
     @property
     def max_bytes(self) -> int:
         """The bound on all staged bytes."""
@@ -158,7 +165,7 @@ class StagedFiles:
         file = self._open.get(node.inode)
         if file is None:
             path = self.path(node.inode)
-            file = StagedFile(node, path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            file = StagedFile(node, path, os.open(path, os.O_RDWR | os.O_CLOEXEC))
             self._open[node.inode] = file
         file.handles += 1
         file.writers += writable
@@ -275,8 +282,11 @@ class StagedFiles:
             if not file.pending:
                 self._staged(file, hasher.finish(), changes)
                 return
+            file.set_mtime(file.mtime_ns)
             await self._queue_summary(file, hasher.finish, changes)
-        elif rehash:
+            return
+        file.set_mtime(file.mtime_ns)
+        if rehash:
             # Chunks of an abandoned pass may still be queued; the new pass goes behind them.
             await self._queue_summary(file, lambda: hash_file(file.descriptor), changes)
 

@@ -33,7 +33,7 @@ from castore.errors import (
     from_text,
 )
 from castore.events import PACKAGE_PUBLISHED, Event
-from castore.ingest.files import StagedFiles
+from castore.ingest.files import StagedFile, StagedFiles
 from castore.ingest.labels import LabelReader, Labels
 from castore.ingest.sums import check_sums
 from castore.ingest.tree import IngestTree
@@ -178,14 +178,18 @@ class Publisher:
                     for signal in (self._uploader.progress, self._files.released):
                         nursery.start_soon(_wait_then_cancel, signal.wait, nursery.cancel_scope)
 
-    def _writers(self, version_inode: int) -> bool:
-        return any(file.writers for file in self._files.open_in(version_inode))
+    def _writers(self, version_inode: int) -> list[StagedFile]:
+        """The files of a version that are open for writing and still have a name."""
+        return [
+            file
+            for file in self._files.open_in(version_inode)
+            if file.writers and (node := self._store.node(file.inode)) is not None and node.nlink
+        ]
 
     def _check_writers(self, version_inode: int) -> None:
         """A file that is open for writing and was not closed since its last change makes publish busy at once."""
-        for file in self._files.open_in(version_inode):
-            if file.writers and file.is_dirty and not file.is_flushed:
-                raise PublishBusy("a file is open for writing")
+        if any(file.is_dirty and not file.is_flushed for file in self._writers(version_inode)):
+            raise PublishBusy("a file is open for writing")
 
     # publishing
 
@@ -235,8 +239,12 @@ class Publisher:
                     await self._undo(version_inode, route)
                 raise
             self._tree.hand_over(version_inode)
-        with trio.CancelScope(shield=True):
-            await self.forget(version_inode)
+        try:
+            with trio.CancelScope(shield=True):
+                await self.forget(version_inode)
+        except (CastoreError, OSError) as exc:
+            # It is published all the same, and seen as such: what remains in staging goes at the next start.
+            log.error("%s/%s is published, but its staging is not cleared: %s", name, version, exc)
 
     def _busy_reason(self, version_inode: int) -> str:
         now = self.progress(version_inode)

@@ -6,6 +6,7 @@ import logging
 import os
 from pathlib import Path
 
+from castore.catalog.records import Kind
 from castore.catalog.workspace import WorkspaceStore
 from castore.catalog.writer import CatalogWriter
 from castore.errors import StorageError
@@ -20,8 +21,10 @@ async def recover_names(
     store: WorkspaceStore, *, files: StagedFiles, writer: CatalogWriter, publisher: Publisher, owner: str
 ) -> None:
     """Make names, sizes and states right, before anything can be looked up. Takes time by entries, not by bytes."""
-    for inode in store.unlinked():
-        store.delete_node(inode)
+    for node in store.unlinked():
+        store.delete_node(node.inode)
+        if node.kind is Kind.FILE:
+            files.remove(node.inode, node.uid, node.size_bytes)
     for publishing in store.publishings():
         root = publishing.version_inode
         if await writer.run(lambda transaction, root=root: transaction.root_exists(root)):  # type: ignore[misc]
@@ -30,13 +33,29 @@ async def recover_names(
         store.restage(state="uploading")
         for node in store.receiving():
             files.measure(node)
-    known = store.file_inodes()
-    for item in os.scandir(files.folder):
-        if not _is_inode(item.name) or int(item.name, 16) not in known:
-            os.unlink(item.path)
+    _compare_with_disk(store, files)
     dropped = await writer.run(lambda transaction: transaction.drop_intents_of_others(owner))
     if dropped:
         log.info("%d puts of an earlier daemon had not ended; they are put again where they are needed", dropped)
+
+
+def _compare_with_disk(store: WorkspaceStore, files: StagedFiles) -> None:
+    """Remove staged bytes that no file owns; distrust the digest of a file whose size on disk is another."""
+    sizes: dict[int, int] = {}
+    for item in os.scandir(files.folder):
+        if _is_inode(item.name):
+            sizes[int(item.name, 16)] = item.stat(follow_symlinks=False).st_size
+        else:
+            os.unlink(item.path)
+    # After a power cut a name may be older or newer than its bytes: what the disk holds is then the file.
+    differing = [node for node in store.files() if sizes.pop(node.inode, -1) != node.size_bytes]
+    with store.transaction():
+        for node in differing:
+            log.warning("staged file %x has another size than when it was closed; it is hashed again", node.inode)
+            store.clear_summary(node.inode)
+            files.measure(node)
+    for inode in sizes:
+        files.path(inode).unlink()
 
 
 async def recover_bytes(

@@ -19,7 +19,7 @@ from castore.errors import StateError
 from castore.ingest.files import StagedFiles
 from castore.ingest.hashing import HashQueue
 from castore.ingest.labels import LabelReader
-from castore.ingest.numbers import InodeNumbers
+from castore.ingest.inode_numbers import InodeNumbers
 from castore.ingest.publisher import Publisher
 from castore.ingest.recovery import recover_bytes, recover_names
 from castore.ingest.tree import IngestTree

@@ -33,7 +33,7 @@ from castore.errors import (
     ReadOnly,
 )
 from castore.ingest.files import StagedFiles
-from castore.ingest.numbers import InodeNumbers
+from castore.ingest.inode_numbers import InodeNumbers
 from castore.registry.names import is_valid_name, is_valid_version
 
 INGEST_ROOT: Final = 3
@@ -254,7 +254,8 @@ class IngestTree:
             raise IsADirectory("use rmdir")
         self.check_writable(node)
         with self._store.transaction():
-            self._remove(node, parent, name)
+            unneeded = self._remove(node, parent, name)
+        self._remove_bytes(unneeded)
 
     def rmdir(self, parent: int, name: bytes) -> None:
         """Remove an empty directory."""
@@ -267,19 +268,26 @@ class IngestTree:
         with self._store.transaction():
             self._remove(node, parent, name)
 
-    def _remove(self, node: Node, parent: int, name: bytes) -> None:
+    def _remove(self, node: Node, parent: int, name: bytes) -> Node | None:
+        """Remove a name. Returns the file whose bytes nobody needs any more: they go after the commit, never before."""
         now = time.time_ns()
         self._store.delete_link(parent, name)
         if parent != INGEST_ROOT:
             self._store.touch(parent, now)
+        elif self._catalog.package_name(name.decode()) is None:
+            self._store.drop_names(name.decode())
         if node.kind is not Kind.DIRECTORY and node.nlink > 1:
             self._store.update_node(node.inode, nlink=node.nlink - 1, ctime_ns=now)
         elif self._files.open_file(node.inode) is not None:
             self._store.update_node(node.inode, nlink=0, ctime_ns=now)
         else:
             self._store.delete_node(node.inode)
-            if node.kind is Kind.FILE:
-                self._files.remove(node.inode, node.uid, node.size_bytes)
+            return node if node.kind is Kind.FILE else None
+        return None
+
+    def _remove_bytes(self, file: Node | None) -> None:
+        if file is not None:
+            self._files.remove(file.inode, file.uid, file.size_bytes)
 
     def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, replace_existing: bool = True
@@ -300,9 +308,10 @@ class IngestTree:
         if crosses and not self._store.subtree_is_closed(node.inode):
             raise CrossesVersions("a hard link would lead into another version")
         now = time.time_ns()
+        unneeded = None
         with self._store.transaction():
             if there is not None:
-                self._remove(self._live(there), new_parent, new_name)
+                unneeded = self._remove(self._live(there), new_parent, new_name)
             if above is None:
                 self._name_inodes(new_name.decode())
             self._store.move_link(parent, name, new_parent, new_name)
@@ -311,7 +320,9 @@ class IngestTree:
             self._store.update_node(node.inode, ctime_ns=now)
             if crosses:
                 self._store.move_subtree(node.inode, version_inode)
+        self._remove_bytes(unneeded)
         if crosses:
+            self._files.follow(node.version_inode)
             self._on_routing_change(version_inode)
 
     def _check_place(self, node: Node, new_parent: int, new_name: bytes) -> Node | None:

@@ -21,7 +21,7 @@ from castore.digest import BlobSummary, Digest
 from castore.errors import CastoreError, ConfigError, NotFound, SourceChanged, StateError, StorageError, to_text
 from castore.ingest.files import StagedFiles
 from castore.ingest.labels import LabelReader
-from castore.ingest.signal import Signal
+from castore.ingest.pulse import Signal
 from castore.registry.routing import Route, Router
 from castore.storage.source import FileSource
 from castore.storage.spi import StorageBackend

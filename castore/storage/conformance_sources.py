@@ -32,12 +32,18 @@ class BlockingSource:
         self._data = data
         self._good_bytes = good_bytes
         self._lock = threading.Lock()
-        self._readers = 0
+        self._open_readers = 0
+        self._given_bytes = 0
+
+    @property
+    def given_bytes(self) -> int:
+        """How many bytes all readers that are closed have given together."""
+        return self._given_bytes
 
     def open(self) -> BinaryIO:
-        self._count(1)
+        self._count(1, 0)
         return io.BufferedReader(
-            _PartReader(self._data, self._good_bytes, beyond=self._block, closed=lambda: self._count(-1))
+            _PartReader(self._data, self._good_bytes, beyond=self._block, closed=lambda given: self._count(-1, given))
         )
 
     def _block(self) -> None:
@@ -45,10 +51,11 @@ class BlockingSource:
         if not self.go_on.wait(PATIENCE_S):
             raise OSError("a put that was cancelled still waits for its source")
 
-    def _count(self, difference: int) -> None:
+    def _count(self, readers: int, given_bytes: int) -> None:
         with self._lock:
-            self._readers += difference
-            if self._readers:
+            self._open_readers += readers
+            self._given_bytes += given_bytes
+            if self._open_readers:
                 self.all_closed.clear()
             else:
                 self.all_closed.set()
@@ -64,7 +71,7 @@ def failing_reader(data: bytes, good_bytes: int) -> BinaryIO:
 
 
 class _PartReader(io.RawIOBase):
-    """Calls `beyond` before any read that begins behind the first `good_bytes`, and `closed` once."""
+    """Calls `beyond` before any read that begins behind the first `good_bytes`; in the end `closed`, with a count of bytes."""
 
     def __init__(
         self,
@@ -72,7 +79,7 @@ class _PartReader(io.RawIOBase):
         good_bytes: int,
         *,
         beyond: Callable[[], None],
-        closed: Callable[[], None] = lambda: None,
+        closed: Callable[[int], None] = lambda given_bytes: None,
     ) -> None:
         super().__init__()
         self._data = data
@@ -80,6 +87,7 @@ class _PartReader(io.RawIOBase):
         self._beyond = beyond
         self._on_close = closed
         self._position = 0
+        self._given_bytes = 0
 
     def readable(self) -> bool:
         return True
@@ -100,9 +108,10 @@ class _PartReader(io.RawIOBase):
         part = self._data[self._position : min(self._position + len(target), end)]
         target[: len(part)] = part
         self._position += len(part)
+        self._given_bytes += len(part)
         return len(part)
 
     def close(self) -> None:
         if not self.closed:
             super().close()
-            self._on_close()
+            self._on_close(self._given_bytes)

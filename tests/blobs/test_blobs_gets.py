@@ -6,6 +6,7 @@ import random
 
 import pytest
 import trio
+import trio.testing
 
 from castore.blobs.flights import MAX_GET_BYTES, PREFETCH_BYTES
 from castore.blobs.memory import MEMORY_BYTES
@@ -147,6 +148,19 @@ async def test_prefetch_is_bounded_over_all_handles(world: World, nursery: trio.
     assert reader.stats.prefetched > len(large) // BLOCK // 2
 
 
+async def test_many_readers_share_what_may_be_prefetched(world: World, nursery: trio.Nursery, large: bytes) -> None:
+    reader = world.reader(memory_bytes=16 * MIB)  # of which 4 MiB may be prefetched, 256 KiB for each
+    await nursery.start(reader.run)
+    blob = await world.add(large, "first")
+    files = [reader.open(blob) for _ in range(16)]
+    for start in range(0, 4 * MIB, BLOCK):
+        for index, file in enumerate(files):
+            await file.read(index * 4 * MIB + start, BLOCK)
+        await until(lambda: not world["first"].under_way)
+    # The first three reads of each, and some until the first ones have given up what they took alone.
+    assert reader.stats.cache_misses <= 16 * 8
+
+
 async def test_stalled_readers_leave_room_when_they_close(world: World, nursery: trio.Nursery, large: bytes) -> None:
     reader = world.reader()
     await nursery.start(reader.run)
@@ -156,7 +170,7 @@ async def test_stalled_readers_leave_room_when_they_close(world: World, nursery:
         for step in range(3):
             await file.read(index * MIB + step * BLOCK, BLOCK)
     await until(lambda: not world["first"].under_way)
-    assert reader.ahead_bytes > PREFETCH_BYTES // 2
+    assert PREFETCH_BYTES // 2 < reader.ahead_bytes <= PREFETCH_BYTES
     for file in files:
         file.close()
     assert reader.ahead_bytes == 0
@@ -192,6 +206,20 @@ async def test_a_failed_prefetch_fails_no_read(world: World, nursery: trio.Nurse
     with pytest.raises(BlockUnreadable):
         await file.read(9 * MIB, 1)
     assert {report[1] for report in world.reports} == {"first"}
+
+
+async def test_what_fails_is_not_prefetched_at_each_read(world: World, nursery: trio.Nursery, large: bytes) -> None:
+    reader = world.reader()
+    await nursery.start(reader.run)
+    blob, backend = await world.add(large, "first"), world["first"]
+    backend.flip(blob, 4 * MIB)
+    file = reader.open(blob)
+    for start in range(0, 4 * MIB, BLOCK):
+        assert await file.read(start, BLOCK) == large[start : start + BLOCK]
+        await trio.testing.wait_all_tasks_blocked()
+        await until(lambda: not backend.under_way)
+    tries = [get for get in backend.gets if get.offset <= 4 * MIB < get.offset + get.length and get.length > BLOCK]
+    assert 1 <= len(tries) <= 4
 
 
 async def test_a_backend_that_fails_gets_no_prefetch(world: World, nursery: trio.Nursery, large: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Fixtures of the command line's tests: `castore` in a home of its own, a mounted store, a control socket to answer it."""
+"""Fixtures of the command line's tests: `castore` in a home of its own, a mounted store, a control socket."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
@@ -31,31 +30,48 @@ class Cli:
         self.environ = {key: value for key, value in os.environ.items() if not key.startswith(("CASTORE_", "XDG_"))}
         self.environ |= {"HOME": str(home), "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8"}
 
-    def __call__(self, *arguments: object, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+    def __call__(
+        self, *arguments: object, code: int = 0, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run it to its end; the exit code must be `code`."""
-        options = {"cwd": self.home, "env": self.environ, "capture_output": True, "text": True} | options
         done = subprocess.run(
             [*self.command, *map(str, arguments)],
+            cwd=self.home,
+            env=env or self.environ,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
             check=False,
             timeout=WAIT_SECONDS,
-            stdin=subprocess.DEVNULL,
-            **options,
         )
         assert done.returncode == code, f"{done.args}: exit {done.returncode}\n{done.stdout}{done.stderr}"
         return done
 
-    def error(self, *arguments: object, code: int = 2, **options: Any) -> str:
-        """Run it, expect one line of error and nothing else, and return that line without its prefix."""
-        done = self(*arguments, code=code, **options)
+    def error(self, *arguments: object, env: Mapping[str, str] | None = None) -> str:
+        """Run it, expect exit code 2 and one line of error, and return that line without its prefix."""
+        done = self(*arguments, code=2, env=env)
         assert done.stdout == ""
         assert done.stderr.count("\n") == 1, done.stderr
         assert done.stderr.startswith("castore: error: ")
         return done.stderr.removeprefix("castore: error: ").rstrip("\n")
 
-    def start(self, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+    def start(
+        self,
+        *arguments: object,
+        env: Mapping[str, str] | None = None,
+        stdout: int | None = None,
+        stderr: int | None = None,
+    ) -> subprocess.Popen[str]:
         """Start it and leave it running."""
-        options = {"cwd": self.home, "env": self.environ, "text": True, "stdin": subprocess.DEVNULL} | options
-        return subprocess.Popen([*self.command, *map(str, arguments)], **options)
+        return subprocess.Popen(
+            [*self.command, *map(str, arguments)],
+            cwd=self.home,
+            env=env or self.environ,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            text=True,
+        )
 
 
 @pytest.fixture

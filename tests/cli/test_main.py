@@ -17,7 +17,7 @@ from castore.api.control import Report
 from castore.errors import PublishBusy
 from tests.cli.conftest import WAIT_SECONDS, Cli, Serve
 
-COMMANDS = [("init",), ("mount",), ("umount",), ("status",), ("package",)]
+COMMANDS: list[tuple[str, ...]] = [("init",), ("mount",), ("umount",), ("status",), ("package",)]
 COMMANDS += [("package", "list"), ("package", "show"), ("package", "publish")]
 
 

@@ -1,4 +1,4 @@
-"""`castore mount`: how it starts a daemon and what it says of one that does not start. The real one is in tests/mount."""
+"""`castore mount`: how it starts a daemon, and what it says of one that does not start."""
 
 from __future__ import annotations
 

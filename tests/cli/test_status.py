@@ -7,12 +7,9 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
-
 from castore.catalog.records import FailureReason
 from castore.catalog.writer import CatalogWriter
 from castore.digest import BlobHasher
-from castore.errors import StateError
 from tests.cli.conftest import Cli
 from tests.mount.store import MountedStore
 

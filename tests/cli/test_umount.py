@@ -35,7 +35,7 @@ def test_it_needs_no_configuration(cli: Cli, store: MountedStore) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["with space", "comma,comma", "tab\tand\\backslash", "caf\xe9#1", "o=ro"])
+@pytest.mark.parametrize("name", ["with space", "comma,comma", "back\\slash", "caf\xe9#1", "100%41"])
 def test_odd_paths(cli: Cli, tmp_path: Path, name: str) -> None:
     root = tmp_path / name
     root.mkdir()

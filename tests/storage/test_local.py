@@ -230,6 +230,82 @@ async def test_a_cancelled_put_leaves_nothing_behind(backend: LocalBackend) -> N
         await backend.head(DIGEST)
 
 
+async def test_a_cancelled_put_reads_no_further(backend: LocalBackend) -> None:
+    data = bytes(20 << 20)
+    source = BlockingSource(data, 1 << 20)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(backend.put, Digest.of(data), source)
+        await trio.to_thread.run_sync(source.blocked.wait)
+        nursery.cancel_scope.cancel()
+    source.go_on.set()
+    await trio.to_thread.run_sync(source.all_closed.wait)
+    assert source.given_bytes <= 2 << 20
+
+
+async def test_a_cancelled_get_leaves_the_buffer_to_its_owner(tmp_path: Path) -> None:
+    data = bytes(16 << 20)
+    digest = Digest.of(data)
+    writer = LocalBackend("local", tmp_path)
+    await writer.create()
+    await writer.put(digest, BytesSource(data))
+    mine = b"\xee" * len(data)
+    cancelled = 0
+    for number in range(20):
+        backend = LocalBackend("local", tmp_path, read_threads=1)
+        buffer = bytearray(len(data))
+        with trio.move_on_after(0.0002 * number) as scope:
+            await backend.get(digest, offset=0, length=len(data), into=buffer)
+        buffer[:] = mine
+        await backend.head(digest)  # gets the only thread when the get is done with it
+        assert buffer == mine
+        cancelled += scope.cancelled_caught
+    assert cancelled
+
+
+async def test_cached_bytes_need_no_thread_where_the_file_system_can_tell(tmp_path: Path) -> None:
+    backend = LocalBackend("local", tmp_path, read_threads=1)
+    await backend.create()
+    for digest, data in ((DIGEST, DATA), (OTHER, OTHER_DATA)):
+        await backend.put(digest, BytesSource(data))
+        await backend.get(digest, offset=0, length=len(data))
+    with (tmp_path / key_of(DIGEST)).open("rb") as file:
+        try:
+            can_tell = os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT) == 1
+        except OSError:
+            can_tell = False
+
+    hanging = tmp_path / key_of(OTHER)
+    hanging.unlink()
+    os.mkfifo(hanging)
+    with trio.move_on_after(0.05):
+        await backend.get(OTHER, offset=0, length=1)  # keeps the only thread
+    answered = False
+    with trio.move_on_after(5 if can_tell else 0.05):
+        answered = await backend.get(DIGEST, offset=0, length=len(DATA)) == DATA
+    assert answered == can_tell
+    os.close(os.open(hanging, os.O_WRONLY))
+
+
+async def test_a_large_cached_read_lets_other_tasks_run(backend: LocalBackend) -> None:
+    data = bytes(32 << 20)
+    digest = Digest.of(data)
+    await backend.put(digest, BytesSource(data))
+    await backend.get(digest, offset=0, length=len(data))
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count)
+        await backend.get(digest, offset=0, length=len(data))
+        nursery.cancel_scope.cancel()
+    assert turns >= 16
+
+
 async def test_puts_that_are_cancelled_at_any_moment_are_whole_or_absent(backend: LocalBackend) -> None:
     data = bytes(1 << 20)
     digest = Digest.of(data)
