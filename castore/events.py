@@ -10,7 +10,8 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 PACKAGE_PUBLISHED: Final = "v1.package.published"
-LOCATION_FAILED: Final = "v1.storage.location_failed"
+LOCATION_VERIFIED: Final = "v1.storage.location_verified"
+"""A location was judged, good or bad: by verify, which re-reads it, or by a read that met wrong bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +25,11 @@ class Event:
     time_ns: int = field(default_factory=time.time_ns)
 
 
-def cloud_event(event: Event, *, source: str) -> dict[str, Any]:
-    """The JSON object of CloudEvents 1.0 (https://github.com/cloudevents/spec). `source` names the catalog."""
+def cloud_event(event: Event, *, source: str, sequence: int) -> dict[str, Any]:
+    """The JSON object of CloudEvents 1.0 (https://github.com/cloudevents/spec). `source` names the catalog.
+
+    `sequence` is that of the catalog's row; the extension attribute of that name orders by text as the number does.
+    """
     seconds, nanos = divmod(event.time_ns, 1_000_000_000)
     stamp = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S") + f".{nanos // 1000:06d}Z"
     return {
@@ -36,6 +40,7 @@ def cloud_event(event: Event, *, source: str) -> dict[str, Any]:
         "subject": event.subject,
         "time": stamp,
         "datacontenttype": "application/json",
+        "sequence": f"{sequence:020d}",
         "data": event.data,
     }
 

@@ -15,7 +15,9 @@ IMMUTABLE_SECONDS: Final = 86_400.0
 INGEST_SECONDS: Final = 300.0
 """This daemon is the only writer of ingest/: the kernel sees every change, and publish invalidates."""
 CHANGING_SECONDS: Final = 1.0
-"""Versions, `latest` and what is absent in packages/: another process may publish or delete."""
+"""Versions and `latest` in packages/: another process may publish or delete."""
+ABSENT_SECONDS: Final = 0.0
+"""What is absent in packages/ and packages/NAME: there at once when ingest/NAME is made or a version published."""
 
 BLOCK_BYTES: Final = 1024 * 1024
 """st_blksize of files: cp then writes 1 MiB at a time, in less than half of the time that 128 KiB takes."""

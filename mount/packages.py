@@ -15,7 +15,7 @@ from castore.catalog.records import Entry, Kind, Package, PackageName
 from castore.errors import IsADirectory, NoAttribute, NotASymlink, NotFound
 from castore.ingest.service import Ingest
 from castore.ingest.tree import INGEST_ROOT
-from mount.attributes import CHANGING_SECONDS, IMMUTABLE_SECONDS, absent, make, of_entry
+from mount.attributes import ABSENT_SECONDS, CHANGING_SECONDS, IMMUTABLE_SECONDS, absent, make, of_entry
 from mount.handles import BlobHandle
 from mount.inodes import PACKAGES
 
@@ -116,8 +116,7 @@ class PackagesTree:
         """Attributes of a name, or the answer that it is absent."""
         if parent == PACKAGES:
             found = self._name(name.decode("ascii", "replace"))
-            # Not kept at all: the NAME is there as soon as somebody makes ingest/NAME.
-            return absent(0.0) if found is None else self._of_name(found)
+            return absent(ABSENT_SECONDS) if found is None else self._of_name(found)
         entry = self._catalog.lookup(parent, name)
         if entry is not None:
             return self._of_entry(entry)
@@ -126,7 +125,7 @@ class PackagesTree:
             return absent(IMMUTABLE_SECONDS)
         if name == LATEST and above.latest_version:
             return self._of_latest(above)
-        return absent(CHANGING_SECONDS)
+        return absent(ABSENT_SECONDS)
 
     def parent(self, inode: int) -> int:
         """The directory above a directory."""

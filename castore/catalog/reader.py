@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from castore.catalog.connection import executor, open_reader, sqlite_errors
-from castore.catalog.records import GOOD_STATUSES, Blob, Entry, Kind, Location, LocationStatus, Package, PackageName
+from castore.catalog.records import (
+    GOOD_STATUSES,
+    Blob,
+    Entry,
+    Kind,
+    Location,
+    LocationStatus,
+    Package,
+    PackageName,
+    Use,
+)
+from castore.catalog.uses import paths_of
 from castore.digest import BlobSummary, Digest
 
 _ENTRY: Final = (
@@ -180,6 +191,10 @@ class CatalogReader:
             (digest.raw, digest.algorithm, *GOOD_STATUSES),
         )
         return {row[0] for row in rows}
+
+    def paths_of(self, blob_id: int, limit: int) -> tuple[list[Use], int]:
+        """Up to `limit` packages and paths that use a blob, oldest first, and how many there are in all."""
+        return paths_of(self._execute, blob_id, limit)
 
     def location_counts(self) -> list[tuple[str, LocationStatus, int, int]]:
         """(backend_id, status, number of locations, bytes), for every pair that occurs."""

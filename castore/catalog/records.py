@@ -84,6 +84,14 @@ class Location:
 
 
 @dataclass(frozen=True, slots=True)
+class Use:
+    """One place where a blob is used: the file at `path` of the package `ref`, or its manifest when `path` is empty."""
+
+    ref: str
+    path: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class PackageName:
     """A NAME below `packages/`: its inodes, and the owner, group and mode it keeps from its first publish."""
 

@@ -11,7 +11,7 @@ from typing import Final
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """`PRAGMA user_version` of a catalog that has every migration below."""
 
 catalog_migrations = Migrations("castore.catalog")
@@ -57,7 +57,7 @@ _TABLES_1: Final = (
         status TEXT NOT NULL CHECK (status IN ('stored', 'verified', 'failed', 'deleting')),
         reason TEXT NOT NULL,                 -- '' unless failed: digest_mismatch, size_mismatch or missing
         stored_at_ns INTEGER NOT NULL,        -- when the backend acknowledged the last put
-        verified_at_ns INTEGER NOT NULL,      -- when the object was last re-read whole; 0 for never
+        verified_at_ns INTEGER NOT NULL,      -- when verify last looked at the object; 0 for never
         PRIMARY KEY (blob_id, backend_id)
     ) WITHOUT ROWID""",
     "CREATE INDEX locations_by_status ON storage_locations (status, backend_id)",
@@ -129,6 +129,20 @@ _TABLES_1: Final = (
 @catalog_migrations(name="0001_first")
 def _first(db: Database) -> None:
     for statement in _TABLES_1:
+        db.execute(statement)
+
+
+_TABLES_2: Final = (
+    # How long ago the bytes of a good location were last known to be right, by backend: acknowledged or re-read.
+    """CREATE INDEX locations_by_proof ON storage_locations (backend_id, max(stored_at_ns, verified_at_ns))
+        WHERE status IN ('stored', 'verified')""",
+    "CREATE INDEX packages_by_manifest ON packages (manifest_blob_id)",
+)
+
+
+@catalog_migrations(name="0002_proof_of_locations")
+def _second(db: Database) -> None:
+    for statement in _TABLES_2:
         db.execute(statement)
 
 

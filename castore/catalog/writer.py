@@ -17,7 +17,8 @@ from urllib.parse import quote
 import trio
 
 from castore.catalog.connection import open_writer, sqlite_errors
-from castore.catalog.records import GOOD_STATUSES, FailureReason
+from castore.catalog.records import GOOD_STATUSES, FailureReason, LocationStatus
+from castore.catalog.uses import packages_of
 from castore.digest import BlobSummary, Digest
 from castore.events import Event, data_json
 
@@ -93,6 +94,15 @@ class Transaction:
         ).fetchone()
         return 0 if row is None else int(row[0])
 
+    def size_bytes(self, digest: Digest) -> int:
+        """The size of a blob. Raises KeyError when there is none."""
+        row = self._execute(
+            "SELECT size_bytes FROM blobs WHERE digest = ? AND algorithm = ?", (digest.raw, digest.algorithm)
+        ).fetchone()
+        if row is None:
+            raise KeyError(str(digest))
+        return int(row[0])
+
     def good_backends(self, digest: Digest) -> set[str]:
         """The backends that hold the blob in a good location."""
         rows = self._execute(
@@ -121,6 +131,31 @@ class Transaction:
             (str(reason), backend_id, *_GOOD, digest.raw, digest.algorithm),
         )
         return bool(cursor.rowcount)
+
+    def conclude_location(
+        self,
+        digest: Digest,
+        backend_id: str,
+        *,
+        status: LocationStatus,
+        reason: FailureReason | None,
+        seen: tuple[LocationStatus, int],
+    ) -> bool:
+        """What re-reading a location showed; `seen` is its status and stored_at_ns from before the reading.
+
+        False, and nothing is changed, when it was put anew, deleted or judged by others meanwhile.
+        """
+        cursor = self._execute(
+            "UPDATE storage_locations SET status = ?, reason = ?, verified_at_ns = ? WHERE backend_id = ? "
+            "AND status = ? AND stored_at_ns = ? "
+            "AND blob_id = (SELECT blob_id FROM blobs WHERE digest = ? AND algorithm = ?)",
+            (status, reason or "", time.time_ns(), backend_id, *seen, digest.raw, digest.algorithm),
+        )
+        return bool(cursor.rowcount)
+
+    def packages_of(self, digest: Digest, limit: int) -> tuple[str, ...]:
+        """Up to `limit` packages, as NAME/VERSION, that have the blob as a file or as their manifest."""
+        return packages_of(self._execute, self.blob_id(digest), limit)
 
     # packages
 

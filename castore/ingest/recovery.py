@@ -30,7 +30,8 @@ async def recover_names(
         if await writer.run(lambda transaction, root=root: transaction.root_exists(root)):  # type: ignore[misc]
             await publisher.forget(root)
     with store.transaction():
-        store.restage(state="uploading")
+        for state in ("uploading", "failed"):
+            store.restage(state=state)
         for node in store.receiving():
             files.measure(node)
     _compare_with_disk(store, files)

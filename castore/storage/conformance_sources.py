@@ -71,7 +71,10 @@ def failing_reader(data: bytes, good_bytes: int) -> BinaryIO:
 
 
 class _PartReader(io.RawIOBase):
-    """Calls `beyond` before any read that begins behind the first `good_bytes`; in the end `closed`, with a count of bytes."""
+    """Calls `beyond` before any read that begins behind the first `good_bytes`.
+
+    Calls `closed` in the end, with the number of bytes that it gave.
+    """
 
     def __init__(
         self,

@@ -6,10 +6,11 @@ and a call that waits for its turn is not counted as a backend that does not ans
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from castore.config import BackendSettings, LocalSettings
-from castore.errors import ConfigError
+from castore.config import BackendSettings, LocalSettings, S3Settings
 from castore.storage.deadline import DeadlineBackend
 from castore.storage.limit import LimitedBackend
 from castore.storage.retry import RetryingBackend
@@ -17,6 +18,7 @@ from castore.storage.spi import StorageBackend
 
 if TYPE_CHECKING:
     from castore.storage.backends.local import LocalBackend
+    from castore.storage.backends.s3 import S3Backend
 
 
 def open_backend(settings: BackendSettings) -> StorageBackend:
@@ -24,8 +26,11 @@ def open_backend(settings: BackendSettings) -> StorageBackend:
 
     Raises ConfigError for a type of backend that this installation does not have.
     """
-    backend = _bare(settings)
-    return wrap(backend, reads=backend.read_threads, writes=backend.write_threads)
+    if isinstance(settings, LocalSettings):
+        local = _local(settings)
+        return wrap(local, reads=local.read_threads, writes=local.write_threads)
+    s3 = _s3(settings)
+    return wrap(s3, reads=s3.reads, writes=s3.writes)
 
 
 def wrap(backend: StorageBackend, *, reads: int, writes: int) -> StorageBackend:
@@ -38,7 +43,8 @@ async def create_backend(settings: BackendSettings) -> None:
 
     Raises StorageError, and ConfigError as `open_backend` does.
     """
-    await _bare(settings).create()
+    async with _opened(settings) as backend:
+        await backend.create()
 
 
 async def sweep_backend(settings: BackendSettings) -> int:
@@ -46,15 +52,26 @@ async def sweep_backend(settings: BackendSettings) -> int:
 
     Raises StorageError, and ConfigError as `open_backend` does.
     """
-    return await _bare(settings).sweep()
+    async with _opened(settings) as backend:
+        return await backend.sweep()
 
 
-def _bare(settings: BackendSettings) -> LocalBackend:
-    if isinstance(settings, LocalSettings):
-        from castore.storage.backends.local import LocalBackend
+@asynccontextmanager
+async def _opened(settings: BackendSettings) -> AsyncIterator[LocalBackend | S3Backend]:
+    backend = _local(settings) if isinstance(settings, LocalSettings) else _s3(settings)
+    try:
+        yield backend
+    finally:
+        await backend.aclose()
 
-        return LocalBackend(settings.backend_id, settings.path)
-    raise ConfigError(
-        f'backend {settings.backend_id}: type = "{settings.backend_type}" is not available in this installation of '
-        'castore; use type = "local" with a path'
-    )
+
+def _local(settings: LocalSettings) -> LocalBackend:
+    from castore.storage.backends.local import LocalBackend
+
+    return LocalBackend(settings.backend_id, settings.path)
+
+
+def _s3(settings: S3Settings) -> S3Backend:
+    from castore.storage.backends.s3 import S3Backend
+
+    return S3Backend(settings)

@@ -15,6 +15,9 @@ from tests.mount.store import MountedStore
 def _clear(stores: list[MountedStore]) -> None:
     for store in stores:
         store.close()
+        for folder in (store.objects, store.state / "staging"):
+            # pytest keeps the folders of three runs: logs and catalogs may help, gigabytes of bytes do not.
+            shutil.rmtree(folder, ignore_errors=True)
     for store in stores:
         assert "Traceback" not in store.log(), store.log()
 

@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from castore.mountinfo import mount_at
 
 WAIT_SECONDS = 60.0
@@ -48,17 +46,21 @@ def wait_until(done: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS
 
 
 @contextmanager
-def fails(number: int) -> Iterator[None]:
-    """The block must raise OSError with that errno, no other."""
-    with pytest.raises(OSError) as caught:
+def fails(number: int, what: str = "") -> Iterator[None]:
+    """The block must raise OSError with that errno, no other; `what` tells which of many blocks did not."""
+    try:
         yield
-    got = caught.value.errno or 0
-    assert got == number, f"{errno.errorcode.get(got, got)} instead of {errno.errorcode[number]}: {caught.value}"
+    except OSError as exc:
+        got = exc.errno or 0
+        shown = f"{errno.errorcode.get(got, got)} instead of {errno.errorcode[number]}: {exc}"
+        assert got == number, f"{what}: {shown}" if what else shown
+    else:
+        raise AssertionError(f"no error instead of {errno.errorcode[number]}: {what}")
 
 
 def run_tool(*command: str | Path, **options: Any) -> str:
     """Run a program that must succeed; its standard output, as text."""
-    done = subprocess.run(
+    done: subprocess.CompletedProcess[str] = subprocess.run(
         command, capture_output=True, text=True, errors="surrogateescape", timeout=WAIT_SECONDS * 2, **options
     )
     assert done.returncode == 0, f"{' '.join(map(str, command))}: exit {done.returncode}\n{done.stdout}{done.stderr}"

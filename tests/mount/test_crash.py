@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,17 @@ def test_rounds_of_kills(make_store: Callable[..., MountedStore], seed: int) -> 
     rounds.check_all()
 
 
+@contextmanager
+def descriptor(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator[int]:
+    """An open file whose daemon may die: then closing it fails, too."""
+    number = os.open(path, flags)
+    try:
+        yield number
+    finally:
+        with suppress(OSError):
+            os.close(number)
+
+
 def kill_and_mount(store: MountedStore) -> None:
     store.kill()
     store.mount()
@@ -45,34 +57,33 @@ def staged_names(store: MountedStore) -> set[str]:
 
 def test_closed_while_still_being_hashed(store: MountedStore) -> None:
     box = store.ingest("big/1")
-    data = os.urandom(1 << 20)
-    with open(box / "big", "wb") as file:
-        for _ in range(64):
-            file.write(data)
+    (box / "occupies the hashing").touch()
+    os.truncate(box / "occupies the hashing", 64 << 30)
+    data = os.urandom(5_000_000)
+    (box / "big").write_bytes(data)
     status = (box / "big").stat()
     assert store.state_of(box / "big") == "receiving"
+    (box / "occupies the hashing").unlink()
     kill_and_mount(store)
     assert (box / "big").stat().st_mtime_ns == status.st_mtime_ns
     package = store.publish("big/1")
     assert (package / "big").stat().st_mtime_ns == status.st_mtime_ns
-    assert (package / "big").read_bytes() == data * 64
+    assert (package / "big").read_bytes() == data
 
 
 def test_written_but_not_closed_is_kept_as_far_as_it_came(store: MountedStore) -> None:
     box = store.ingest("open/1")
-    with open(box / "a", "wb", buffering=0) as file:
-        file.write(b"12345")
+    with descriptor(box / "a") as file:
+        os.write(file, b"12345")
         kill_and_mount(store)
     assert (box / "a").read_bytes() == b"12345"
     assert (store.publish("open/1") / "a").read_bytes() == b"12345"
 
 
 def test_mapped_and_synced_is_kept(store: MountedStore) -> None:
-    import mmap
-
     path = store.ingest("map/1") / "a"
     path.write_bytes(bytes(8192))
-    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 8192) as mapping:
+    with descriptor(path) as file, mmap.mmap(file, 8192) as mapping:
         mapping[4096:4101] = b"hello"
         mapping.flush()
         kill_and_mount(store)
@@ -81,9 +92,9 @@ def test_mapped_and_synced_is_kept(store: MountedStore) -> None:
 
 def test_unlinked_but_open_leaves_nothing(store: MountedStore) -> None:
     box = store.ingest("gone/1")
-    with open(box / "a", "wb", buffering=0) as file, open(box / "b", "wb", buffering=0) as replaced:
-        file.write(bytes(100_000))
-        replaced.write(bytes(50_000))
+    with descriptor(box / "a") as unlinked, descriptor(box / "b") as replaced:
+        os.write(unlinked, bytes(100_000))
+        os.write(replaced, bytes(50_000))
         (box / "a").unlink()
         (box / "c").write_bytes(b"new")
         (box / "c").rename(box / "b")

@@ -192,7 +192,13 @@ def test_computed_attributes(shared_store: MountedStore) -> None:
     for name, value in expected.items():
         assert os.getxattr(path, f"user.castore.{name}") == value
     assert os.getxattr(path, "user.hash.sha256") == digest.encode()
-    computed = ("user.castore.state", "user.castore.digest", "user.hash.sha256", "user.castore.status", "user.castore.x")
+    computed = (
+        "user.castore.state",
+        "user.castore.digest",
+        "user.hash.sha256",
+        "user.castore.status",
+        "user.castore.x",
+    )
     for name in (*computed, "user.castore.producer"):
         with fails(errno.EPERM):
             os.setxattr(path, name, b"mine")
@@ -223,7 +229,9 @@ def test_producer_and_retention_class(shared_store: MountedStore) -> None:
     assert os.getxattr(package, "user.castore.producer").decode() == "ci-größe"
     assert os.getxattr(package, "user.castore.retention_class") == b"release"
     shown = shared_store.castore("package", "show", "labelled/1")
-    assert "ci-größe" in shown and "release" in shown and "by uid 0" in shown
+    assert "ci-größe" in shown
+    assert "release" in shown
+    assert "by uid 0" in shown
 
 
 def test_fsync_and_sync(shared_store: MountedStore) -> None:

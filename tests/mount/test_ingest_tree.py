@@ -63,7 +63,8 @@ def test_temporary_file_and_rename(shared_store: MountedStore) -> None:
         assert reader.read() == "old"
     assert (box / "config").read_text() == "new"
     package = shared_store.publish("replaced/1")
-    assert os.listdir(package) == ["config"] and (package / "config").read_text() == "new"
+    assert os.listdir(package) == ["config"]
+    assert (package / "config").read_text() == "new"
 
 
 def test_rename_flags(shared_store: MountedStore) -> None:
@@ -99,7 +100,8 @@ def test_hard_links_inside_a_version(shared_store: MountedStore) -> None:
     assert (box / "file").read_text() == "one and more"
     # Renaming one name of a file over another does nothing at all, says rename(2).
     os.rename(box / "file", box / "sub/again")
-    assert (box / "file").exists() and (box / "sub/again").exists()
+    assert (box / "file").exists()
+    assert (box / "sub/again").exists()
     (box / "third").hardlink_to(box / "file")
     (box / "file").unlink()
     package = shared_store.publish("linked/1")
@@ -140,7 +142,8 @@ def test_moves_between_versions(shared_store: MountedStore) -> None:
         with fails(errno.EXDEV):
             (other / name).rename(box / name)
     run_tool("mv", other / "split", other / "soft", f"{box}/")
-    assert (box / "split").read_text() == "moves" and (box / "split").stat().st_nlink == 1
+    assert (box / "split").read_text() == "moves"
+    assert (box / "split").stat().st_nlink == 1
     first, second = shared_store.publish("moved/1"), shared_store.publish("moved/2")
     assert sorted(os.listdir(first)) == ["soft", "split"]
     assert (second / "tree/sub/again").read_text() == "moves"
@@ -245,4 +248,5 @@ def test_working_directory_and_removal(shared_store: MountedStore) -> None:
     child = subprocess.run(
         ["sh", "-c", "rmdir ../dir && touch file"], cwd=box / "dir", capture_output=True, text=True, check=False
     )
-    assert child.returncode == 1 and "No such file or directory" in child.stderr
+    assert child.returncode == 1
+    assert "No such file or directory" in child.stderr

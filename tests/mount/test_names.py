@@ -191,7 +191,8 @@ def test_the_rule_for_name_and_version(shared_store: MountedStore) -> None:
     for good in _GOOD:
         (ingest / good).mkdir()
         (top / good).mkdir()
-        assert (ingest / good).is_dir() and (top / good).is_dir()
+        assert (ingest / good).is_dir()
+        assert (top / good).is_dir()
         (ingest / good).rmdir()
     for bad in _BAD:
         for folder in (ingest, top):

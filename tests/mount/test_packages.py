@@ -1,4 +1,4 @@
-"""What is published, on a real mount: nothing changes it, and by-digest/ and .castore/ show it. Not how it came there."""
+"""What is published, on a real mount: nothing changes it; by-digest/ and .castore/ show it. Not how it came there."""
 
 from __future__ import annotations
 
@@ -70,9 +70,8 @@ def test_no_kind_of_write(shared_store: MountedStore, package: Path) -> None:
     (outside / "there").write_text("x")
     before = snapshot(package)
     for what, write in _writes(package / "bin", package / "bin/tool", package / "lib/current", outside).items():
-        with pytest.raises(OSError) as caught:
+        with fails(errno.EROFS, what):
             write()
-        assert caught.value.errno == errno.EROFS, what
     assert_same(package, before)
     assert os.listdir(outside) == ["there"]
 
@@ -88,13 +87,12 @@ def test_no_write_beside_versions(shared_store: MountedStore, package: Path) -> 
             _try(folder / "new", os.O_WRONLY | os.O_CREAT),
             lambda folder=folder: os.chmod(folder, 0o777),
             lambda folder=folder: os.utime(folder),
-            lambda folder=folder: os.rename(outside / "there", folder / "new"),
         ):
-            with pytest.raises(OSError) as caught:
+            with fails(errno.EROFS):
                 write()
-            # What is moved to packages/NAME might have been a version.
-            moved = folder == package.parent and caught.value.filename2 is not None
-            assert caught.value.errno == (errno.EINVAL if moved else errno.EROFS), folder
+        # To packages/NAME a version may be moved, but nothing else.
+        with fails(errno.EINVAL if folder == package.parent else errno.EROFS):
+            (outside / "there").rename(folder / "new")
     for gone in (packages / "fixed/latest", package / "lib/current"):
         with fails(errno.EROFS):
             gone.unlink()
@@ -104,7 +102,8 @@ def test_no_write_beside_versions(shared_store: MountedStore, package: Path) -> 
     with fails(errno.EROFS):
         package.rename(package.with_name("2"))
     done = subprocess.run(["rm", "-rf", package.parent], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "Read-only file system" in done.stderr
+    assert done.returncode == 1
+    assert "Read-only file system" in done.stderr
 
 
 def test_the_rest_of_the_mount_is_read_only(shared_store: MountedStore, package: Path) -> None:
@@ -115,22 +114,19 @@ def test_the_rest_of_the_mount_is_read_only(shared_store: MountedStore, package:
         for what, write in _writes(file.parent, file, file, shared_store.ingest("outside/3")).items():
             if what in ("rename in", "rename over"):
                 continue
-            with pytest.raises(OSError) as caught:
+            with fails(errno.EROFS, f"{file}: {what}"):
                 write()
-            # A hard link of a file in by-digest/ or .castore/ crosses no disk, but belongs to no version.
-            assert caught.value.errno == errno.EROFS, f"{file}: {what}"
     for folder in (shared_store.mnt, shared_store.mnt / "ingest"):
         with fails(errno.EPERM if folder.name == "ingest" else errno.EROFS):
             folder.chmod(0o700)
 
 
 def test_modes_allow_what_they_say(package: Path) -> None:
-    assert not os.access(package / "bin/tool", os.W_OK)
     assert os.access(package / "bin/tool", os.R_OK | os.X_OK)
     assert not os.access(package / "share/read-only", os.X_OK)
 
 
-def test_reading_wants_no_atime(package: Path) -> None:
+def test_reading_changes_no_time(package: Path) -> None:
     before = (package / "bin/tool").stat()
     (package / "bin/tool").read_bytes()
     after = (package / "bin/tool").stat()
@@ -195,7 +191,8 @@ def test_status_document(shared_store: MountedStore, package: Path) -> None:
     assert stat.S_IMODE((folder / "status.json").stat().st_mode) == 0o400
     assert "status.json" in os.listdir(folder)
     before = shared_store.status()
-    assert before["mountpoint"] == str(shared_store.mnt) and before["pid"] == shared_store.pid
+    assert before["mountpoint"] == str(shared_store.mnt)
+    assert before["pid"] == shared_store.pid
     box = shared_store.ingest("counted/1")
     (box / "file").write_bytes(b"c" * 12_345)
     shared_store.wait_stored(box / "file")
@@ -207,7 +204,8 @@ def test_status_document(shared_store: MountedStore, package: Path) -> None:
     assert after["package_bytes"] == before["package_bytes"] + 12_345
     assert "counted/1" not in [version["ref"] for version in after["versions"]]
     # Each open makes it anew; each reader reads one whole document.
-    assert json.loads(run_tool("cat", folder / "status.json")) and json.loads(run_tool("dd", f"if={folder}/status.json"))
+    assert json.loads(run_tool("cat", folder / "status.json")).keys() == after.keys()
+    assert json.loads(run_tool("dd", "bs=100", f"if={folder}/status.json")).keys() == after.keys()
 
 
 def test_everything_reads_the_same_after_a_restart(store: MountedStore, tmp_path: Path) -> None:

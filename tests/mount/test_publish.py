@@ -83,7 +83,7 @@ def test_inode_numbers_are_kept(store: MountedStore, tmp_path: Path) -> None:
     store.mount()
     assert numbers(package) == before
     assert (package.parent.stat().st_ino, package.with_name("latest").lstat().st_ino) == top
-    assert len({inode for inode in before.values()}) == len(before) - 3  # three further hard links
+    assert len(set(before.values())) == len(before) - 3  # three further hard links
 
 
 def test_what_is_open_survives(shared_store: MountedStore, tmp_path: Path) -> None:
@@ -136,7 +136,8 @@ def test_an_unlinked_file_is_read_on(shared_store: MountedStore) -> None:
         assert file.read() == b"t" * 300_000
         assert os.fstat(file.fileno()).st_size == 300_000
     shown = shared_store.castore("package", "show", "orphaned/1", "--json")
-    assert '"file_count": 1' in shown and '"size_bytes": 1' in shown
+    assert '"file_count": 1' in shown
+    assert '"size_bytes": 1' in shown
 
 
 def test_the_published_tree_is_the_manifest(shared_store: MountedStore, tmp_path: Path) -> None:
@@ -161,7 +162,8 @@ def test_the_published_tree_is_the_manifest(shared_store: MountedStore, tmp_path
         item = items[name]
         seen.add(name)
         if entry.link_to is not None:
-            assert entry.link_to in seen and entry.link_to in item.links
+            assert entry.link_to in seen
+            assert entry.link_to in item.links
             continue
         assert (entry.mode, entry.uid, entry.gid, entry.mtime_ns) == (
             item.mode & 0o7777,
@@ -191,9 +193,11 @@ def test_publish_over_a_version(shared_store: MountedStore) -> None:
         box.rename(package)
     assert "published already" in _error(box)
     done = subprocess.run(["mv", "-T", box, package], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "File exists" in done.stderr
+    assert done.returncode == 1
+    assert "File exists" in done.stderr
     again = shared_store.run("package", "publish", "twice/1")
-    assert again.returncode == 2 and "published already" in again.stderr
+    assert again.returncode == 2
+    assert "published already" in again.stderr
     assert_same(box, before)
     assert (package / "file").read_text() == "first"
 
@@ -223,7 +227,8 @@ def test_what_is_not_stored_in_time(make_store: Callable[..., MountedStore]) -> 
     with fails(errno.EBUSY):
         box.rename(store.package("slow/1"))
     assert "1 of 2 files (100000 bytes) are not stored yet" in _error(box)
-    assert not store.package("slow/1").exists() and (box / "more").exists()
+    assert not store.package("slow/1").exists()
+    assert (box / "more").exists()
     aside.rename(store.objects)
     package = store.publish("slow/1")
     assert (package / "more").read_bytes() == b"m" * 100_000
@@ -247,7 +252,8 @@ def test_sums_are_checked(shared_store: MountedStore, listing: str) -> None:
     with fails(errno.EBADMSG):
         box.rename(target)
     assert "there is no file 'data/c'" in _error(box)
-    assert (box / "data/b").read_text() == "b" and not target.exists()
+    assert (box / "data/b").read_text() == "b"
+    assert not target.exists()
     (box / listing).write_text(f"{digests['a']}  data/a\n{digests['b']}  data/b\n")
     assert (shared_store.publish(f"{name}/1") / "data/b").read_text() == "b"
 

@@ -151,7 +151,7 @@ class LocalBackend:
         if path not in self._recent:
             return 0
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:  # met again, and reported, in the thread
             return 0
         try:

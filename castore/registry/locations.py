@@ -1,0 +1,106 @@
+"""The rules for judging a location: its status and one event change together. Reading the object is done elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from castore.catalog.records import FailureReason, LocationStatus
+from castore.catalog.writer import Transaction
+from castore.digest import Digest
+from castore.events import LOCATION_VERIFIED, Event
+
+PACKAGES_NAMED: Final = 20
+"""Packages that an event names at most: enough to act on, and a bound for a blob that is in every package."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What re-reading one location showed. `reason` is None when the bytes are those of the digest.
+
+    `observed_digest` is that of the bytes that are there, None when there are none. `seen_status` and
+    `seen_stored_at_ns` are the location's from before the reading.
+    """
+
+    digest: Digest
+    backend_id: str
+    size_bytes: int
+    reason: FailureReason | None
+    observed_digest: Digest | None
+    duration_ms: int
+    seen_status: LocationStatus
+    seen_stored_at_ns: int
+
+    @property
+    def status(self) -> LocationStatus:
+        """What the location becomes."""
+        return LocationStatus.VERIFIED if self.reason is None else LocationStatus.FAILED
+
+
+def record_finding(transaction: Transaction, finding: Finding) -> dict[str, Any] | None:
+    """Write the status and the event of a finding; the event's data is returned.
+
+    None, and nothing is written, when the location changed while it was read: what is known of it now is newer.
+    """
+    if not transaction.conclude_location(
+        finding.digest,
+        finding.backend_id,
+        status=finding.status,
+        reason=finding.reason,
+        seen=(finding.seen_status, finding.seen_stored_at_ns),
+    ):
+        return None
+    return _add_event(
+        transaction,
+        finding.digest,
+        backend_id=finding.backend_id,
+        size_bytes=finding.size_bytes,
+        reason=finding.reason,
+        observed_digest=finding.observed_digest,
+        duration_ms=finding.duration_ms,
+    )
+
+
+def record_bad_read(transaction: Transaction, digest: Digest, backend_id: str, reason: FailureReason) -> bool:
+    """A read met missing or wrong bytes in a location that counted as good: it becomes `failed`, with the event.
+
+    False, and nothing is written, when the location is failed already or gone.
+    """
+    if not transaction.fail_location(digest, backend_id, reason):
+        return False
+    size_bytes = transaction.size_bytes(digest)
+    # A read looks at some blocks only: it knows neither the digest of the whole nor how long that takes.
+    _add_event(
+        transaction,
+        digest,
+        backend_id=backend_id,
+        size_bytes=size_bytes,
+        reason=reason,
+        observed_digest=None,
+        duration_ms=None,
+    )
+    return True
+
+
+def _add_event(
+    transaction: Transaction,
+    digest: Digest,
+    *,
+    backend_id: str,
+    size_bytes: int,
+    reason: FailureReason | None,
+    observed_digest: Digest | None,
+    duration_ms: int | None,
+) -> dict[str, Any]:
+    data = {
+        "backend_id": backend_id,
+        "digest": str(digest),
+        "size_bytes": size_bytes,
+        "status": str(LocationStatus.VERIFIED if reason is None else LocationStatus.FAILED),
+        "reason": None if reason is None else str(reason),
+        "observed_digest": None if observed_digest is None else str(observed_digest),
+        "packages": list(transaction.packages_of(digest, PACKAGES_NAMED)),
+        "duration_ms": duration_ms,
+    }
+    transaction.add_event(Event(type=LOCATION_VERIFIED, subject=str(digest), data=data))
+    return data

@@ -1,0 +1,200 @@
+"""The `s3` backend: a bucket of any server that speaks S3. The names of that API end here, with its neighbours s3_*.
+
+Objects are `<key_prefix>/<key>`. The client library is aioboto3, loaded by the first call; docs/decisions says why.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
+from datetime import datetime, timedelta
+from email.utils import parsedate_to_datetime
+from importlib.util import find_spec
+from typing import Any, Final
+
+from castore.config_backends import S3Settings
+from castore.digest import Digest
+from castore.errors import ConfigError, ObjectMissing, StorageError, StorageUnavailable
+from castore.storage.backends.s3_connection import S3Connection
+from castore.storage.backends.s3_upload import Uploads
+from castore.storage.layout import digest_of, key_of
+from castore.storage.pages import Pages
+from castore.storage.receive import receiving_view
+from castore.storage.spi import BackendHealth, ObjectInfo, Source
+
+READS: Final = 32
+"""Reads at a time: they wait for the way there and back, not for this host."""
+WRITES: Final = 8
+"""Puts and deletes at a time: as many as the uploader has workers, and as a deadline reckons with."""
+SWEEP_GRACE_S: Final = 3600.0
+"""Silence in seconds after which an upload is abandoned. One that lives sends a part within 5 minutes even at
+1 MiB/s, unless its parts have grown beyond 300 MiB, for objects of 3 TiB."""
+
+_NO_CONSTRAINT: Final = frozenset({"us-east-1", "default"})
+"""Regions that CreateBucket must not name: Amazon's first, and Ceph's."""
+_NS_PER_S: Final = 1_000_000_000
+_HEX: Final = re.compile("[0-9a-f]*")
+
+
+class S3Backend:
+    """Objects in a bucket. Making one touches no network; `create` makes the bucket.
+
+    A missing bucket raises StorageRejected from everything but `health`. Requests that are cancelled have ended when
+    the call returns. Raises ConfigError when aioboto3 is not installed.
+    """
+
+    backend_type = "s3"
+    reads = READS
+    writes = WRITES
+
+    def __init__(self, settings: S3Settings) -> None:
+        if find_spec("aioboto3") is None:
+            raise ConfigError(
+                f'backend {settings.backend_id}: type = "s3" needs aioboto3, which is not installed: '
+                "pip install 'castore[s3]'"
+            )
+        self.backend_id = settings.backend_id
+        self._settings = settings
+        self._prefix = f"{settings.key_prefix}/" if settings.key_prefix else ""
+        self._connection = S3Connection(settings)
+        self._uploads = Uploads(self._connection, settings)
+
+    async def create(self) -> None:
+        """Make the bucket. Succeeds when it is there. Raises StorageError."""
+        if await self._connection.bucket_exists("create"):
+            return
+        region = self._settings.region
+        place: dict[str, Any] = {}
+        if region not in _NO_CONSTRAINT:
+            place["CreateBucketConfiguration"] = {"LocationConstraint": region}
+        try:
+            await self._connection.write("create", "create_bucket", **place)
+        except StorageError:
+            if not await self._connection.bucket_exists("create"):  # somebody else made it a moment before
+                raise
+
+    async def put(self, digest: Digest, source: Source) -> None:
+        await self._uploads.put(digest, source, self._key(digest))
+
+    async def get(
+        self, digest: Digest, *, offset: int, length: int, into: bytearray | memoryview | None = None
+    ) -> memoryview:
+        target = receiving_view(offset, length, into)
+        if length == 0:
+            await self._head(f"get {digest}", digest)
+            return target
+        try:
+            await self._connection.receive(f"get {digest}", self._key(digest), offset, target)
+        except BaseException:
+            target.release()  # the exception's traceback refers to it, but the buffer is the caller's
+            raise
+        return target
+
+    async def head(self, digest: Digest) -> ObjectInfo:
+        answer = await self._head(f"head {digest}", digest)
+        return ObjectInfo(digest, answer["ContentLength"], _whole_seconds(answer["LastModified"]))
+
+    async def _head(self, what: str, digest: Digest) -> Any:
+        return await self._connection.call(what, "head_object", Key=self._key(digest))
+
+    async def delete(self, digest: Digest) -> None:
+        with suppress(ObjectMissing):
+            await self._connection.call(f"delete {digest}", "delete_object", Key=self._key(digest))
+
+    @asynccontextmanager
+    async def list(self, algorithm: str, *, prefix: str = "") -> AsyncIterator[AsyncIterator[ObjectInfo]]:
+        start = f"{self._prefix}{algorithm}/{_folders(prefix)}"
+        position: dict[str, Any] | None = {} if _HEX.fullmatch(prefix) else None
+
+        async def next_page() -> Iterable[ObjectInfo]:
+            nonlocal position
+            objects: Iterable[ObjectInfo] = ()
+            while position is not None and not objects:  # a page of strangers is not the end
+                answer = await self._connection.call(
+                    f"list {algorithm}:{prefix}", "list_objects_v2", Prefix=start, **position
+                )
+                objects = [*self._infos(answer.get("Contents", ()), prefix)]
+                token = answer.get("NextContinuationToken")
+                if answer.get("IsTruncated") and not token:
+                    raise StorageUnavailable(
+                        f"backend {self.backend_id}: list {algorithm}:{prefix}: a page without a way to the next"
+                    )
+                position = {"ContinuationToken": token} if answer.get("IsTruncated") else None
+            return objects
+
+        yield Pages(next_page)
+
+    def _infos(self, contents: Iterable[Any], prefix: str) -> Iterable[ObjectInfo]:
+        for entry in contents:
+            digest = digest_of(entry["Key"].removeprefix(self._prefix))
+            if digest is not None and digest.hex.startswith(prefix):
+                yield ObjectInfo(digest, entry["Size"], _whole_seconds(entry["LastModified"]))
+
+    async def health(self) -> BackendHealth:
+        settings = self._settings
+        try:
+            await self._connection.call("health", "list_objects_v2", Prefix=self._prefix, MaxKeys=1)
+        except StorageError as exc:
+            return BackendHealth("fail", str(exc))
+        return BackendHealth("pass", f"bucket {settings.bucket} at {settings.endpoint_url} answers")
+
+    async def sweep(self, *, grace_s: float = SWEEP_GRACE_S) -> int:
+        """Abort uploads that nobody sent anything to for `grace_s` seconds, by the server's clock; how many.
+
+        Safe at any time, beside puts of this and of other processes. Touches nothing but uploads to keys of this
+        layout.
+        """
+        aborted = 0
+        position: dict[str, Any] | None = {}
+        while position is not None:
+            answer = await self._connection.call("sweep", "list_multipart_uploads", Prefix=self._prefix, **position)
+            silent_since = _server_time(answer) - timedelta(seconds=grace_s)
+            for upload in answer.get("Uploads", ()):
+                if digest_of(upload["Key"].removeprefix(self._prefix)) is None or upload["Initiated"] > silent_since:
+                    continue
+                aborted += await self._abort_if_silent(upload["Key"], upload["UploadId"], silent_since)
+            position = (
+                {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
+                if answer.get("IsTruncated")
+                else None
+            )
+        return aborted
+
+    async def _abort_if_silent(self, key: str, upload_id: str, silent_since: datetime) -> bool:
+        names: dict[str, Any] = {"Key": key, "UploadId": upload_id}
+        position: dict[str, Any] | None = {}
+        try:
+            while position is not None:
+                answer = await self._connection.call("sweep", "list_parts", **names, **position)
+                if any(part["LastModified"] > silent_since for part in answer.get("Parts", ())):
+                    return False
+                position = {"PartNumberMarker": answer["NextPartNumberMarker"]} if answer.get("IsTruncated") else None
+            await self._connection.call("sweep", "abort_multipart_upload", **names)
+        except (ObjectMissing, StorageUnavailable):  # ended by somebody else meanwhile, or left for the next time
+            return False
+        return True
+
+    async def aclose(self) -> None:
+        await self._connection.aclose()
+
+    def _key(self, digest: Digest) -> str:
+        return self._prefix + key_of(digest)
+
+
+def _folders(prefix: str) -> str:
+    """The beginning of a digest's hex as the layout writes it: `abcdef` -> `ab/cd/abcdef`."""
+    if len(prefix) < 2:
+        return prefix
+    if len(prefix) < 4:
+        return f"{prefix[:2]}/{prefix[2:]}"
+    return f"{prefix[:2]}/{prefix[2:4]}/{prefix}"
+
+
+def _whole_seconds(moment: datetime) -> int:
+    """Nanoseconds since the epoch, without fractions: a listing gives them on some servers, an object never does."""
+    return int(moment.timestamp()) * _NS_PER_S
+
+
+def _server_time(answer: Any) -> datetime:
+    return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])

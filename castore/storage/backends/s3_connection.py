@@ -1,0 +1,70 @@
+"""The way from trio to the asyncio client, opened with the first call. Knows no objects and no keys."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from castore.config_backends import S3Settings
+from castore.errors import ObjectMissing, StorageUnavailable
+from castore.storage.asyncio_thread import AsyncioThread
+
+if TYPE_CHECKING:
+    from castore.storage.backends.s3_client import S3Client
+
+
+class S3Connection:
+    """Requests to one bucket. Making one touches neither network nor disk. Methods raise StorageError."""
+
+    def __init__(self, settings: S3Settings) -> None:
+        self._settings = settings
+        self._thread = AsyncioThread()
+        self._opening = trio.Lock()
+        self._client: S3Client | None = None
+
+    async def call(self, what: str, operation: str, body: bytes | None = None, **params: Any) -> Any:
+        """The server's answer, with the names of the S3 API. `what` is what it is about, for the text of an error."""
+        client = self._client or await self._open()
+        return await self._thread.run(client.call, what, operation, params, body)
+
+    async def write(self, what: str, operation: str, body: bytes | None = None, **params: Any) -> Any:
+        """The same for requests that store something, for which no object can be missing.
+
+        (Ceph answers 404 for a body that ended early.)
+        """
+        try:
+            return await self.call(what, operation, body, **params)
+        except ObjectMissing as exc:
+            raise StorageUnavailable(f"{exc}: 404 for what is being stored") from exc
+
+    async def receive(self, what: str, key: str, offset: int, target: memoryview) -> None:
+        """Fill `target`, which is not empty, with an object's bytes from `offset` on. Untouched after this returns."""
+        client = self._client or await self._open()
+        await self._thread.run(client.receive, what, key, offset, target)
+
+    async def bucket_exists(self, what: str) -> bool:
+        client = self._client or await self._open()
+        return await self._thread.run(client.bucket_exists, what)
+
+    async def _open(self) -> S3Client:
+        async with self._opening:
+            if self._client is None:
+                self._client = await self._thread.run(_open_client, self._settings)
+            return self._client
+
+    async def aclose(self) -> None:
+        """Close all connections, and the asyncio thread if nobody else uses it. Idempotent."""
+        client, self._client = self._client, None
+        if client is not None:
+            await self._thread.run(client.close)
+        await self._thread.aclose()
+
+
+async def _open_client(settings: S3Settings) -> S3Client:
+    # Here, because the import takes half a second, which nobody waits for in this thread.
+    from castore.storage.backends.s3_client import S3Client
+
+    client = S3Client(settings)
+    await client.open()
+    return client

@@ -1,0 +1,195 @@
+"""The daemon's life: how it starts over dead mounts, how it ends, what it takes while it idles, what it survives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from castore.mountinfo import mount_at, read_mounts
+from tests.mount.store import WAIT_SECONDS, MountedStore, fails, run_tool, wait_until
+
+STOP_SECONDS = 30.0
+IDLE_SECONDS = 3.0
+IDLE_TICKS = 2
+RESIDENT_KIB = 120 * 1024
+
+
+@contextmanager
+def foreground(store: MountedStore) -> Iterator[subprocess.Popen[str]]:
+    """A daemon in the foreground, mounted; ended at the end if it still runs."""
+    command = [sys.executable, "-m", "castore.cli", "--config", store.config, "mount", store.mnt]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_until(lambda: mount_at(store.mnt), "the mount is there")
+            yield process
+        finally:
+            process.kill()
+
+
+def ended_cleanly(process: subprocess.Popen[str], store: MountedStore) -> str:
+    """The daemon ends by itself in time, with 0 and without its mount; what it said."""
+    said = process.communicate(timeout=STOP_SECONDS)[1]
+    assert process.returncode == 0, said
+    assert mount_at(store.mnt) is None
+    assert "Traceback" not in said, said
+    return said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it(make_store: Callable[..., MountedStore], number: signal.Signals) -> None:
+    """With open files and a working directory inside, and with files that are not stored."""
+    store = make_store()
+    with foreground(store) as daemon:
+        (store.ingest("open/1") / "a").write_bytes(b"published")
+        package = store.publish("open/1")
+        box = store.ingest("open/2")
+        store.objects.rename(store.root / "elsewhere")
+        (box / "not stored").write_bytes(b"staged")
+        with open(package / "a") as reading, open(box / "written", "wb", buffering=0) as writing:
+            os.chdir(package)
+            try:
+                writing.write(b"open")
+                daemon.send_signal(number)
+                said = ended_cleanly(daemon, store)
+            finally:
+                os.chdir("/")
+            with fails(107):
+                reading.read()
+            with suppress(OSError):
+                writing.close()
+    assert f"2 files (10 bytes) stay staged in {store.state}" in said
+    (store.root / "elsewhere").rename(store.objects)
+    store.mount()
+    assert (box / "written").read_bytes() == b"open"
+    assert (store.publish("open/2") / "not stored").read_bytes() == b"staged"
+
+
+def test_it_ends_while_someone_waits(make_store: Callable[..., MountedStore]) -> None:
+    """A sync of a version whose file takes minutes to be hashed."""
+    store = make_store()
+    with foreground(store) as daemon:
+        box = store.ingest("long/1")
+        (box / "huge").touch()
+        os.truncate(box / "huge", 90 << 30)
+        with subprocess.Popen(["sync", box], stderr=subprocess.PIPE, text=True) as sync:
+            wait_until(lambda: "fuse" in Path(f"/proc/{sync.pid}/wchan").read_text() or sync.poll(), "sync waits")
+            assert sync.poll() is None
+            daemon.send_signal(signal.SIGTERM)
+            said = ended_cleanly(daemon, store)
+            sync.communicate(timeout=WAIT_SECONDS)
+            assert sync.returncode != 0
+    assert "1 files (96636764160 bytes) stay staged" in said
+    store.mount()
+    (box / "huge").unlink()
+
+
+def test_two_dead_mounts_are_cleared(store: MountedStore) -> None:
+    (store.ingest("demo/1") / "a").write_text("a")
+    run_tool("mount", "--bind", store.mnt, store.mnt)
+    store.kill()
+    assert [mount.mountpoint for mount in read_mounts()].count(store.mnt) == 2
+    store.mount()
+    assert [mount.mountpoint for mount in read_mounts()].count(store.mnt) == 1
+    assert (store.publish("demo/1") / "a").read_text() == "a"
+
+
+@contextmanager
+def user_of(store: MountedStore, how: str) -> Iterator[tuple[int, str]]:
+    """A process that keeps the mount busy: its id, and what it has in use."""
+    (store.ingest("used/1") / "file").write_text("x")
+    path = store.mnt / "ingest/used/1"
+    if how == "file":
+        path /= "file"
+    command = ["sleep", "1000"] if how == "directory" else ["tail", "-f", str(path)]
+    with subprocess.Popen(command, cwd=path if how == "directory" else "/", stdout=subprocess.PIPE) as process:
+        try:
+            if process.stdout and how == "file":
+                process.stdout.read(1)
+            yield process.pid, str(path)
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("how", ["directory", "file"])
+def test_a_busy_mount_names_who_uses_it(store: MountedStore, how: str) -> None:
+    with user_of(store, how) as (pid, path):
+        done = store.run("umount", str(store.mnt))
+        command = "sleep" if how == "directory" else "tail"
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1] == (
+            f"castore: error: {store.mnt}: is in use by {command} (pid {pid}: {path}); "
+            "end them or leave the directory, then unmount again"
+        )
+        assert (store.mnt / "ingest/used/1/file").read_text() == "x"
+    store.umount()
+
+
+def test_umount_waits_until_all_is_stored(store: MountedStore) -> None:
+    box = store.ingest("drain/1")
+    for number in range(100):
+        (box / f"{number}").write_bytes(os.urandom(20_000))
+    store.umount()
+    objects = [path for path in (store.objects / "sha256").rglob("*") if path.is_file()]
+    assert len(objects) == 100
+    store.mount()
+    assert store.status()["queue"]["stored"]["file_count"] == 100
+
+
+def test_the_unforeseen_is_eio_and_the_mount_lives_on(store: MountedStore) -> None:
+    """A row that no code writes: its digest has an algorithm that nobody knows."""
+    for name in ("a", "b"):
+        (store.ingest("odd/1") / name).write_text(name)
+    package = store.publish("odd/1")
+    raw = bytes.fromhex(os.getxattr(package / "a", "user.hash.sha256").decode())
+    with closing(sqlite3.connect(store.state / "catalog.db")) as catalog, catalog:
+        catalog.execute("UPDATE blobs SET algorithm = 'md5' WHERE digest = ?", (raw,))
+    for _ in range(3):
+        with fails(5):
+            (package / "a").read_text()
+    assert (package / "b").read_text() == "b"
+    log = store.state / "log/mount.log"
+    assert "open: unforeseen ValueError" in log.read_text()
+    assert log.read_text().count("Traceback") == 3
+    store.umount()
+    log.unlink()  # it was foreseen here
+
+
+def cpu_ticks(pid: int) -> int:
+    """What a process has used of the processors, in hundredths of a second."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def resident_kib(pid: int) -> int:
+    """The memory that a process holds."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1])
+
+
+def test_it_idles_in_little_memory(store: MountedStore) -> None:
+    """After a copy, a publish and a read of Python's standard library."""
+    box = store.ingest("stdlib/1")
+    library = sysconfig.get_path("stdlib")
+    run_tool("tar", "-C", library, "--exclude=site-packages", "-cf", store.root / "library.tar", ".")
+    run_tool("tar", "-C", box, "-xf", store.root / "library.tar")
+    package = store.publish("stdlib/1")
+    run_tool("tar", "-C", package, "-cf", "/dev/null", "--checkpoint=100000", ".")
+    run_tool("grep", "-rqs", "no line says this", "--", package, check=False)
+    assert resident_kib(store.pid) < RESIDENT_KIB
+
+    def idled() -> bool:
+        ticks, end = cpu_ticks(store.pid), time.monotonic() + IDLE_SECONDS
+        wait_until(lambda: time.monotonic() > end, "some time passes")
+        return cpu_ticks(store.pid) - ticks <= IDLE_TICKS
+
+    wait_until(idled, "the daemon idles")
