@@ -20,14 +20,14 @@ from castore.blobs.reader import BlobReader
 from castore.catalog.connection import open_reader
 from castore.catalog.reader import CatalogReader
 from castore.catalog.records import FailureReason
-from castore.catalog.writer import CatalogWriter, Transaction
+from castore.catalog.writer import CatalogWriter
 from castore.config import Config
 from castore.digest import Digest
 from castore.errors import ConfigError, StateError, StateLocked, StorageError
-from castore.events import LOCATION_FAILED, Event
 from castore.ingest.publisher import PublishProgress
 from castore.ingest.service import Ingest
 from castore.mountinfo import mount_source
+from castore.registry.locations import record_bad_read
 from castore.registry.names import parse_ref
 from castore.storage.open import open_backend, sweep_backend
 from mount import kernel, mountpoint
@@ -213,15 +213,9 @@ class Daemon:
 
     async def _record_failure(self, digest: Digest, backend_id: str, reason: FailureReason) -> None:
         """A location gave missing or wrong bytes: it becomes `failed`, with an event."""
-
-        def work(transaction: Transaction) -> None:
-            if transaction.fail_location(digest, backend_id, reason):
-                data = {"backend_id": backend_id, "digest": str(digest), "reason": str(reason)}
-                transaction.add_event(Event(type=LOCATION_FAILED, subject=str(digest), data=data))
-
         log.error("%s in backend %s: %s", digest, backend_id, reason)
         try:
-            await self._writer.run(work)
+            await self._writer.run(lambda transaction: record_bad_read(transaction, digest, backend_id, reason))
         except StateError as exc:
             log.error("the failed location could not be recorded: %s", exc)
 

@@ -22,7 +22,7 @@ RESERVED: dict[str, tuple[str, ...]] = {
     "sqlite3": ("castore/catalog/",),
     "pysqlite3": ("castore/catalog/",),
     "sqlite_utils": ("castore/catalog/",),
-    "asyncio": (),
+    "asyncio": ("castore/storage/asyncio_thread.py",),
     # A backend maps the operating system's errors at its seam; all other errno numbers are the mount's answer.
     "errno": ("mount/errnos.py", "castore/storage/backends/"),
 }

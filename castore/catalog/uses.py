@@ -15,11 +15,12 @@ _NAMES_LOOKED_AT: Final = 1000
 
 _PACKAGES: Final = """
 WITH RECURSIVE up(parent_id, name) AS (
-    SELECT parent_id, name FROM (SELECT parent_id, name FROM entries WHERE blob_id = :blob AND blob_id <> 0 LIMIT :names)
+    SELECT * FROM (SELECT parent_id, name FROM entries WHERE blob_id = :blob AND blob_id <> 0 LIMIT :names)
     UNION
     SELECT entries.parent_id, entries.name FROM up JOIN entries ON entries.entry_id = up.parent_id
 )
-SELECT package_names.name || '/' || CAST(up.name AS TEXT) AS ref FROM up JOIN package_names ON package_names.inode = up.parent_id
+SELECT package_names.name || '/' || CAST(up.name AS TEXT) AS ref
+FROM up JOIN package_names ON package_names.inode = up.parent_id
 UNION
 SELECT name || '/' || version FROM packages WHERE manifest_blob_id = :blob
 ORDER BY ref LIMIT :limit
@@ -27,8 +28,10 @@ ORDER BY ref LIMIT :limit
 
 _PATHS: Final = """
 WITH RECURSIVE up(first_id, parent_id, name, path) AS (
-    SELECT entry_id, parent_id, name, x'' FROM
-        (SELECT entry_id, parent_id, name FROM entries WHERE blob_id = :blob AND blob_id <> 0 ORDER BY entry_id LIMIT :limit)
+    SELECT * FROM (
+        SELECT entry_id, parent_id, name, x'' FROM entries WHERE blob_id = :blob AND blob_id <> 0
+        ORDER BY entry_id LIMIT :limit
+    )
     UNION ALL
     SELECT first_id, entries.parent_id, entries.name, CAST(iif(path = x'', up.name, up.name || '/' || path) AS BLOB)
     FROM up JOIN entries ON entries.entry_id = up.parent_id

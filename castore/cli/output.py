@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -18,6 +19,11 @@ _FIRST_TIME_NS: Final = 10**17
 def print_json(document: Mapping[str, Any]) -> None:
     """One document, indented, in ASCII, so that any name survives any pipe."""
     click.echo(json.dumps(document, indent=2))
+
+
+def json_line(document: Mapping[str, Any]) -> str:
+    """One of many documents: a line of its own, in ASCII."""
+    return json.dumps(document, separators=(",", ":"))
 
 
 def print_columns(rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> None:
@@ -116,3 +122,11 @@ def _escaped(char: str) -> str:
     if 0xDC80 <= ord(char) <= 0xDCFF:
         return f"\\x{ord(char) - 0xDC00:02x}"
     return char.encode("unicode_escape").decode()
+
+
+def text_fields(key: str, value: bytes) -> dict[str, str]:
+    """The text, and its exact bytes in base64 where they are not UTF-8."""
+    try:
+        return {key: value.decode()}
+    except UnicodeDecodeError:
+        return {key: value.decode(errors="replace"), f"{key}_base64": base64.b64encode(value).decode()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import stat
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from castore.api.control_client import ControlClient
-from castore.cli.output import format_bytes, format_time_ns, print_columns, print_json, printable
+from castore.cli.output import format_bytes, format_time_ns, print_columns, print_json, printable, text_fields
 from castore.cli.progress import progress
 from castore.cli.session import Session, common_options, json_option
 from castore.errors import NotFound
@@ -174,7 +173,7 @@ def _children(reader: CatalogReader, parent_id: int) -> Iterator[Entry]:
 
 def _entry_document(path: bytes, entry: Entry) -> dict[str, Any]:
     document: dict[str, Any] = {
-        **_text_fields("path", path),
+        **text_fields("path", path),
         "kind": entry.kind.name.lower(),
         "mode": f"{entry.mode:04o}",
         "uid": entry.uid,
@@ -183,16 +182,8 @@ def _entry_document(path: bytes, entry: Entry) -> dict[str, Any]:
         "size_bytes": entry.size_bytes,
     }
     if entry.target:
-        document |= _text_fields("target", entry.target)
+        document |= text_fields("target", entry.target)
     return document
-
-
-def _text_fields(key: str, value: bytes) -> dict[str, str]:
-    """The text, and its exact bytes in base64 where they are not UTF-8."""
-    try:
-        return {key: value.decode()}
-    except UnicodeDecodeError:
-        return {key: value.decode(errors="replace"), f"{key}_base64": base64.b64encode(value).decode()}
 
 
 def _entry_line(path: bytes, entry: Entry) -> str:

@@ -7,9 +7,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
+
+import click
 
 from castore.cli.output import format_bytes
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _LINE_SECONDS: Final = 2.0
 """Between plain lines: a log of an hour's upload stays readable."""
@@ -20,6 +25,9 @@ class ShowProgress(Protocol):
 
     def __call__(self, *, done_bytes: int, total_bytes: int, files: str) -> None:
         """`files` is the part of the line that counts files, in words."""
+
+    def say(self, line: str) -> None:
+        """Write a line of the result to standard output now, whole, wherever the progress is shown."""
 
 
 @contextmanager
@@ -47,6 +55,9 @@ class _Lines:
             print(line, file=sys.stderr, flush=True)
             self._last_line, self._next_time = line, now + _LINE_SECONDS
 
+    def say(self, line: str) -> None:
+        click.echo(line)
+
 
 @contextmanager
 def _bar(title: str) -> Iterator[ShowProgress]:
@@ -61,10 +72,25 @@ def _bar(title: str) -> Iterator[ShowProgress]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None, visible=False, files="")
+    # Not redirected: rich would send standard output to where the bar is, also when it is a file.
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
+    ) as bar:
+        yield _Bar(bar, title)
 
-        def show(*, done_bytes: int, total_bytes: int, files: str) -> None:
-            bar.update(task, completed=done_bytes, total=total_bytes, files=files, visible=True)
 
-        yield show
+class _Bar:
+    """A bar, with lines above it."""
+
+    def __init__(self, bar: Progress, title: str) -> None:
+        self._bar = bar
+        self._task = bar.add_task(title, total=None, visible=False, files="")
+
+    def __call__(self, *, done_bytes: int, total_bytes: int, files: str) -> None:
+        self._bar.update(self._task, completed=done_bytes, total=total_bytes, files=files, visible=True)
+
+    def say(self, line: str) -> None:
+        if sys.stdout.isatty():
+            self._bar.console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        else:
+            click.echo(line)

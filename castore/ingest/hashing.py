@@ -57,10 +57,14 @@ def _run_all(jobs: list[_Job]) -> None:
 
 
 def hash_file(descriptor: int) -> BlobSummary:
-    """The summary of an open file's bytes, read from the disk. Blocking. Raises OSError."""
+    """The summary of an open file's bytes, read from the disk. Raises OSError.
+
+    Blocking, for a thread of trio's: it ends with its task, since a large file may take many minutes.
+    """
     hasher = BlobHasher()
     offset = 0
     while chunk := os.pread(descriptor, _READ_BYTES, offset):
+        trio.from_thread.check_cancelled()
         hasher.update(chunk)
         offset += len(chunk)
     return hasher.finish()

@@ -7,13 +7,14 @@ A loop of our own: tenacity adds 14 microseconds to each call that succeeds at o
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final, TypeVar
 
 import trio
 
 from castore.errors import StorageError
+from castore.storage.pages import Pages
 from castore.storage.spi import ObjectInfo, StorageBackend
 from castore.storage.wrapping import Operation, Wrapping
 
@@ -25,6 +26,9 @@ deadlines of their own, and other locations to ask."""
 BASE_DELAY_S: Final = 0.1
 MAX_DELAY_S: Final = 5.0
 """Bounds of the wait before the first and before any further try, in seconds."""
+
+_PAGE_OBJECTS: Final = 100
+"""Objects handed over at a time: one costs 40 microseconds by itself, as it changes tasks twice."""
 
 
 class RetryingBackend(Wrapping):
@@ -62,23 +66,43 @@ class RetryingBackend(Wrapping):
             await self._wait(failures)
 
     def list(self, algorithm: str, *, prefix: str = "") -> AbstractAsyncContextManager[AsyncIterator[ObjectInfo]]:
-        return self._resuming(algorithm, prefix)
+        return self._list_again(algorithm, prefix)
+
+    @asynccontextmanager
+    async def _list_again(self, algorithm: str, prefix: str) -> AsyncIterator[AsyncIterator[ObjectInfo]]:
+        async with self._pages(algorithm, prefix) as pages:
+
+            async def next_page() -> Sequence[ObjectInfo]:
+                async for page in pages:
+                    return page
+                return ()
+
+            yield Pages(next_page)
 
     @trio.as_safe_channel
-    async def _resuming(self, algorithm: str, prefix: str) -> AsyncGenerator[ObjectInfo]:
+    async def _pages(self, algorithm: str, prefix: str) -> AsyncGenerator[Sequence[ObjectInfo]]:
         failures = 0
         last: ObjectInfo | None = None
+        page: list[ObjectInfo] = []
         while True:
             try:
                 async with self._inner.list(algorithm, prefix=prefix) as objects:
                     async for info in objects:
-                        if last is None or info.digest > last.digest:
-                            yield info
-                            failures, last = 0, info
+                        if last is not None and info.digest <= last.digest:
+                            continue
+                        failures, last = 0, info
+                        page.append(info)
+                        if len(page) == _PAGE_OBJECTS:
+                            yield page
+                            page = []
+                if page:
+                    yield page
                 return
             except StorageError as exc:
                 failures += 1
                 if not exc.temporary or failures == self._tries:
+                    if page:
+                        yield page
                     raise
             await self._wait(failures)
 

@@ -1,1 +1,1 @@
-"""Verify: re-read what is stored and compare digests."""
+"""The scrub: every location is re-read, its digest recomputed, and what was found recorded."""

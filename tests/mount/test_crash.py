@@ -6,8 +6,8 @@ import mmap
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from castore.digest import MANIFEST_ALGORITHM, Digest
 from castore.storage.backends.local import LocalBackend
 from castore.storage.source import BytesSource
 from tests.mount.crash_round import CrashRounds, rows
+from tests.mount.daemons import descriptor
 from tests.mount.store import MountedStore, wait_until
 
 ROUNDS = 6
@@ -33,17 +34,6 @@ def test_rounds_of_kills(make_store: Callable[..., MountedStore], seed: int) -> 
     for _ in range(ROUNDS // 2):
         rounds.run()
     rounds.check_all()
-
-
-@contextmanager
-def descriptor(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator[int]:
-    """An open file whose daemon may die: then closing it fails, too."""
-    number = os.open(path, flags)
-    try:
-        yield number
-    finally:
-        with suppress(OSError):
-            os.close(number)
 
 
 def kill_and_mount(store: MountedStore) -> None:

@@ -117,6 +117,7 @@ class SeaweedFS:
             "filer.localSocket": self.root / "filer.sock",
             "s3.localSocket": self.root / "s3.sock",
             "s3.config": self.root / "s3.json",
+            "s3.autoCreateBucket": "false",
             "s3.port.iceberg": 0,
             "s3.port.lance": 0,
             **{f"{name}.port": port for name, port in ports.items()},

@@ -52,7 +52,7 @@ async def test_results_and_exceptions_come_back(thread: AsyncioThread) -> None:
 
 async def test_what_cannot_even_be_called_raises_too(thread: AsyncioThread) -> None:
     with pytest.raises(TypeError, match="missing"):
-        await thread.run(add)  # type: ignore[call-arg]
+        await thread.run(add)  # type: ignore[arg-type]
 
 
 async def test_many_calls_run_at_once(thread: AsyncioThread) -> None:

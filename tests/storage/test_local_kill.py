@@ -59,7 +59,8 @@ trio.run(main)
 
 @contextmanager
 def running(program: str, path: Path) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", program, str(path)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
     try:
         yield process
     finally:

@@ -23,6 +23,7 @@ from castore.storage.source import BytesSource
 
 from .memory_backend import MemoryBackend
 
+ROOT = Path(__file__).parents[2]
 DATA = b"some bytes"
 DIGEST = Digest.of(DATA)
 
@@ -82,7 +83,7 @@ def test_a_type_that_is_not_installed_says_how_to_mend_it() -> None:
         "except ConfigError as exc:\n"
         "    print(exc)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert re.fullmatch(r"backend rgw: type = \"s3\" needs .*: pip install 'castore\[s3\]'\n", done.stdout)
 
 
@@ -91,7 +92,7 @@ def test_no_backend_is_imported_before_it_is_opened() -> None:
         "import sys, castore.storage.open\n"
         "print([name for name in sys.modules if name.startswith('castore.storage.backends.') or 'boto' in name])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 

@@ -134,8 +134,8 @@ async def test_health_and_close_are_not_tried_again(memory: MemoryBackend) -> No
     assert memory.calls == ["health", "aclose"]
 
 
-async def put_some(memory: MemoryBackend) -> list[Digest]:
-    for number in range(5):
+async def put_some(memory: MemoryBackend, count: int = 5) -> list[Digest]:
+    for number in range(count):
         data = str(number).encode()
         await memory.put(Digest.of(data), BytesSource(data))
     memory.calls.clear()
@@ -162,6 +162,28 @@ async def test_a_listing_goes_on_behind_the_last_object(memory: MemoryBackend, a
     down = StorageUnavailable("for now")
     memory.before = failing(down, None, None, down, None, None, None, None, down, down)
     assert await all_of(RetryingBackend(memory)) == digests
+
+
+@pytest.mark.parametrize("failing_at", [1, 99, 100, 101, 199, 200, 201, 249, 250, 251])
+async def test_a_long_listing_goes_on_wherever_it_fails(
+    memory: MemoryBackend, autojump_clock: MockClock, failing_at: int
+) -> None:
+    digests = await put_some(memory, 249)
+    assert len(digests) == 250
+    memory.before = failing(*[None] * (failing_at - 1), StorageUnavailable("for now"))
+    assert await all_of(RetryingBackend(memory)) == digests
+
+
+@pytest.mark.parametrize("given", [0, 2, 99, 100, 101, 250])
+async def test_what_a_listing_gave_before_it_failed_is_given(
+    memory: MemoryBackend, autojump_clock: MockClock, given: int
+) -> None:
+    digests = await put_some(memory, 249)
+    memory.before = failing(*[None] * given, StorageDenied("for ever"))
+    seen: list[Digest] = []
+    with pytest.raises(StorageDenied):
+        await collect(RetryingBackend(memory), seen)
+    assert seen == digests[:given]
 
 
 async def test_a_listing_that_goes_on_failing_fails(memory: MemoryBackend, autojump_clock: MockClock) -> None:

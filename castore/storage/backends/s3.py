@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from castore.config_backends import S3Settings
 from castore.digest import Digest
-from castore.errors import ConfigError, ObjectMissing, StorageError, StorageUnavailable
+from castore.errors import ConfigError, ObjectMissing, StorageError
 from castore.storage.backends.s3_connection import S3Connection
 from castore.storage.backends.s3_upload import Uploads
 from castore.storage.layout import digest_of, key_of
@@ -28,8 +28,8 @@ READS: Final = 32
 WRITES: Final = 8
 """Puts and deletes at a time: as many as the uploader has workers, and as a deadline reckons with."""
 SWEEP_GRACE_S: Final = 3600.0
-"""Silence in seconds after which an upload is abandoned. One that lives sends a part within 5 minutes even at
-1 MiB/s, unless its parts have grown beyond 300 MiB, for objects of 3 TiB."""
+"""Silence in seconds after which an upload is abandoned. One that lives is never silent for so long: at the 1 MiB/s
+that a deadline demands, 4 parts at a time of up to 900 MiB each arrive within that."""
 
 _NO_CONSTRAINT: Final = frozenset({"us-east-1", "default"})
 """Regions that CreateBucket must not name: Amazon's first, and Ceph's."""
@@ -93,7 +93,8 @@ class S3Backend:
 
     async def head(self, digest: Digest) -> ObjectInfo:
         answer = await self._head(f"head {digest}", digest)
-        return ObjectInfo(digest, answer["ContentLength"], _whole_seconds(answer["LastModified"]))
+        with self._connection.reading(f"head {digest}"):
+            return ObjectInfo(digest, answer["ContentLength"], _whole_seconds(answer["LastModified"]))
 
     async def _head(self, what: str, digest: Digest) -> Any:
         return await self._connection.call(what, "head_object", Key=self._key(digest))
@@ -104,23 +105,19 @@ class S3Backend:
 
     @asynccontextmanager
     async def list(self, algorithm: str, *, prefix: str = "") -> AsyncIterator[AsyncIterator[ObjectInfo]]:
+        what = f"list {algorithm}:{prefix}*"
         start = f"{self._prefix}{algorithm}/{_folders(prefix)}"
         position: dict[str, Any] | None = {} if _HEX.fullmatch(prefix) else None
 
         async def next_page() -> Iterable[ObjectInfo]:
             nonlocal position
-            objects: Iterable[ObjectInfo] = ()
+            objects: tuple[ObjectInfo, ...] = ()
             while position is not None and not objects:  # a page of strangers is not the end
-                answer = await self._connection.call(
-                    f"list {algorithm}:{prefix}", "list_objects_v2", Prefix=start, **position
-                )
-                objects = [*self._infos(answer.get("Contents", ()), prefix)]
-                token = answer.get("NextContinuationToken")
-                if answer.get("IsTruncated") and not token:
-                    raise StorageUnavailable(
-                        f"backend {self.backend_id}: list {algorithm}:{prefix}: a page without a way to the next"
-                    )
-                position = {"ContinuationToken": token} if answer.get("IsTruncated") else None
+                answer = await self._connection.call(what, "list_objects_v2", Prefix=start, **position)
+                with self._connection.reading(what):
+                    objects = tuple(self._infos(answer.get("Contents", ()), prefix))
+                    more = answer["IsTruncated"]
+                    position = {"ContinuationToken": answer["NextContinuationToken"]} if more else None
             return objects
 
         yield Pages(next_page)
@@ -147,18 +144,17 @@ class S3Backend:
         """
         aborted = 0
         position: dict[str, Any] | None = {}
-        while position is not None:
-            answer = await self._connection.call("sweep", "list_multipart_uploads", Prefix=self._prefix, **position)
-            silent_since = _server_time(answer) - timedelta(seconds=grace_s)
-            for upload in answer.get("Uploads", ()):
-                if digest_of(upload["Key"].removeprefix(self._prefix)) is None or upload["Initiated"] > silent_since:
-                    continue
-                aborted += await self._abort_if_silent(upload["Key"], upload["UploadId"], silent_since)
-            position = (
-                {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
-                if answer.get("IsTruncated")
-                else None
-            )
+        with self._connection.reading("sweep"):
+            while position is not None:
+                page = await self._connection.call("sweep", "list_multipart_uploads", Prefix=self._prefix, **position)
+                silent_since = _server_time(page) - timedelta(seconds=grace_s)
+                for upload in page.get("Uploads", ()):
+                    ours = digest_of(upload["Key"].removeprefix(self._prefix)) is not None
+                    if ours and upload["Initiated"] < silent_since:
+                        aborted += await self._abort_if_silent(upload["Key"], upload["UploadId"], silent_since)
+                position = None
+                if page["IsTruncated"]:
+                    position = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
         return aborted
 
     async def _abort_if_silent(self, key: str, upload_id: str, silent_since: datetime) -> bool:
@@ -166,12 +162,12 @@ class S3Backend:
         position: dict[str, Any] | None = {}
         try:
             while position is not None:
-                answer = await self._connection.call("sweep", "list_parts", **names, **position)
-                if any(part["LastModified"] > silent_since for part in answer.get("Parts", ())):
+                page = await self._connection.call("sweep", "list_parts", **names, **position)
+                if any(part["LastModified"] >= silent_since for part in page.get("Parts", ())):
                     return False
-                position = {"PartNumberMarker": answer["NextPartNumberMarker"]} if answer.get("IsTruncated") else None
+                position = {"PartNumberMarker": page["NextPartNumberMarker"]} if page["IsTruncated"] else None
             await self._connection.call("sweep", "abort_multipart_upload", **names)
-        except (ObjectMissing, StorageUnavailable):  # ended by somebody else meanwhile, or left for the next time
+        except ObjectMissing:  # somebody else ended it meanwhile
             return False
         return True
 

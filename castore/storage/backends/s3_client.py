@@ -30,9 +30,10 @@ READ_TIMEOUT_S: Final = 30.0
 MAX_CONNECTIONS: Final = 64
 """Requests at a time; more wait. Above what the bounds on reads, writes and parts allow together."""
 
-_STREAMED_BODY_BYTES: Final = 1 << 20
-"""Bodies above this are handed over as a stream, which the HTTP client wants above 1 MiB. It makes the client ask the
-server first (`Expect: 100-continue`), a round trip that a small body is spared."""
+_SMALL_BODY_BYTES: Final = 1 << 20
+"""Bodies up to this are sent at once; before larger ones the server is asked (`Expect: 100-continue`). The question is a
+round trip for each put, and spares sending what is going to be refused."""
+_SAYS_WHAT_IS_MISSING: Final = frozenset({"NoSuchKey", "NoSuchUpload"})
 
 for _name in ("aioboto3", "aiobotocore", "boto3", "botocore"):
     logging.getLogger(_name).setLevel(logging.WARNING)  # below, they log whole requests: key ids and signatures
@@ -75,7 +76,10 @@ class S3Client:
         )
         try:
             self._client = await self._stack.enter_async_context(client)
-        except (*FOREIGN, ValueError) as exc:
+            self._client.meta.events.register_last("before-call.s3", _ask_first_for_large_bodies)
+        except ValueError as exc:
+            raise StorageRejected(f"backend {self._settings.backend_id}: {exc}; check endpoint_url") from exc
+        except FOREIGN as exc:
             raise storage_error(exc, self._settings, "open") from exc
 
     async def close(self) -> None:
@@ -87,7 +91,7 @@ class S3Client:
             return await self._request(operation, params, body)
         except FOREIGN as exc:
             error = storage_error(exc, self._settings, what)
-            if isinstance(error, ObjectMissing) and code_of(exc) != "NoSuchKey":
+            if isinstance(error, ObjectMissing) and code_of(exc) not in _SAYS_WHAT_IS_MISSING:
                 error = await self._what_is_missing(what, error)
             raise error from exc
 
@@ -124,7 +128,7 @@ class S3Client:
     async def _send(self, operation: str, params: dict[str, Any], body: bytes | None) -> Any:
         arguments = {"Bucket": self._settings.bucket, **params}
         if body is not None:
-            arguments["Body"] = io.BytesIO(body) if len(body) > _STREAMED_BODY_BYTES else body
+            arguments["Body"] = io.BytesIO(body)
         return await getattr(self._client, operation)(**arguments)
 
     async def _what_is_missing(self, what: str, missing: ObjectMissing) -> StorageError:
@@ -171,6 +175,13 @@ class S3Client:
     def _strange(self, what: str, answer: str) -> StorageUnavailable:
         settings = self._settings
         return StorageUnavailable(f"backend {settings.backend_id}: {what}: {settings.endpoint_url} sent {answer}")
+
+
+def _ask_first_for_large_bodies(params: dict[str, Any], **_: Any) -> None:
+    """A handler of the client library, which by itself asks before any body."""
+    body = params["body"]
+    if isinstance(body, io.BytesIO) and body.getbuffer().nbytes <= _SMALL_BODY_BYTES:
+        params["headers"].pop("Expect", None)
 
 
 class _ReferencedCredentials:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -46,6 +48,18 @@ class S3Connection:
     async def bucket_exists(self, what: str) -> bool:
         client = self._client or await self._open()
         return await self._thread.run(client.bucket_exists, what)
+
+    @contextmanager
+    def reading(self, what: str) -> Iterator[None]:
+        """Around the reading of an answer: one that lacks a field is the server's mistake, not the program's."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError) as exc:
+            settings = self._settings
+            raise StorageUnavailable(
+                f"backend {settings.backend_id}: {what}: {settings.endpoint_url} gives an answer that makes no sense: "
+                f"{exc!r}"
+            ) from exc
 
     async def _open(self) -> S3Client:
         async with self._opening:

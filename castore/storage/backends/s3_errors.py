@@ -32,11 +32,15 @@ from castore.errors import (
     StorageUnavailable,
 )
 
-FOREIGN: Final = (ClientError, BotoCoreError, ResponseParserError, aiohttp.ClientError, OSError, ConfigError)
-"""All that the client library raises for what happens outside the process, and a secret that cannot be resolved."""
+NONSENSE: Final = (ResponseParserError, ValueError, KeyError)
+"""What reading an answer raises that is no answer: no XML, no date, no such field."""
+
+FOREIGN: Final = (ClientError, BotoCoreError, aiohttp.ClientError, OSError, ConfigError, *NONSENSE)
+"""All that a request raises for what lies outside the program: the server, the way to it, and settings."""
 
 _KINDS: Final[dict[str, type[StorageError]]] = {
     "NoSuchKey": ObjectMissing,
+    "NoSuchUpload": ObjectMissing,
     "NoSuchBucket": StorageRejected,
     "AccessDenied": StorageDenied,
     "ExpiredToken": StorageDenied,
@@ -44,11 +48,10 @@ _KINDS: Final[dict[str, type[StorageError]]] = {
     "QuotaExceeded": StorageFull,  # Ceph, with status 403
     "XMinioStorageFull": StorageFull,
     "RequestTimeout": StorageTimeout,  # with status 400: the server waited for the rest of the request
-    # The next are 4xx, and right the next time: bytes that were damaged on the way, or an upload that somebody ended.
+    # The next are 4xx, and right the next time: bytes were damaged on the way, or somebody else was faster.
     "BadDigest": StorageUnavailable,
     "XAmzContentSHA256Mismatch": StorageUnavailable,
     "IncompleteBody": StorageUnavailable,
-    "NoSuchUpload": StorageUnavailable,
     "InvalidPart": StorageUnavailable,
     "OperationAborted": StorageUnavailable,
     "SlowDown": StorageUnavailable,
@@ -121,13 +124,13 @@ def _explain(exc: BaseException, settings: S3Settings) -> tuple[type[StorageErro
         case ReadTimeoutError() | ConnectTimeoutError() | TimeoutError():
             return StorageTimeout, f"{place} does not answer"
         case SSLError():
-            return StorageUnavailable, f"no safe connection to {place}: {_reason(exc)}"
+            return StorageUnavailable, f"no safe connection to {place}: {_one_line(_below(exc))}"
         case EndpointConnectionError():
             return StorageUnavailable, f"{place} cannot be reached: {_reason(exc)}; check endpoint_url and the server"
-        case ResponseParserError():
-            return StorageUnavailable, f"{place} gives an answer that makes no sense: {_one_line(exc)}"
+        case ResponseParserError() | ValueError() | KeyError():
+            return StorageUnavailable, f"{place} gives an answer that makes no sense: {_one_line(repr(exc))}"
         case BotoCoreError() if not isinstance(exc, HTTPClientError | ProxyConnectionError):
-            return StorageRejected, _one_line(exc)  # nothing was sent
+            return StorageRejected, f"{_one_line(exc)}; check endpoint_url, region and bucket"  # nothing was sent
         case _:
             return StorageUnavailable, f"the connection to {place} broke: {_reason(exc)}"
 
@@ -165,12 +168,16 @@ def _denied(code: str, settings: S3Settings) -> str:
 
 
 def _reason(exc: BaseException) -> str:
-    """What lies below an exception of the client library, which wraps what the system said."""
-    below = getattr(exc, "kwargs", {}).get("error") or exc
-    number = below.errno if isinstance(below, OSError) else None
-    if number is not None and number > 0:  # negative: of the name service, which has its own texts
-        return os.strerror(number)
+    below = _below(exc)
+    if isinstance(below, OSError) and below.errno is not None:
+        # A negative number is of the name service, which has texts of its own.
+        return os.strerror(below.errno) if below.errno > 0 else str(below.strerror)
     return _one_line(below) or type(below).__name__
+
+
+def _below(exc: BaseException) -> object:
+    """What an exception of the client library wraps: what the system, or TLS, said."""
+    return getattr(exc, "kwargs", {}).get("error") or exc
 
 
 def _one_line(text: object) -> str:

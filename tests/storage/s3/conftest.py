@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -12,8 +13,9 @@ import pytest
 
 from castore.config import S3Settings
 from castore.config_values import SecretRef
+from castore.storage.asyncio_thread import THREAD_NAME
 from castore.storage.backends.s3 import S3Backend
-from tests.servers.seaweedfs import SeaweedFS
+from tests.servers.seaweedfs import ACCESS_KEY, SECRET_KEY, SeaweedFS
 
 BUCKET: Final = "castore-tests"
 MIB: Final = 1 << 20
@@ -28,24 +30,36 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
         yield server
 
 
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    yield
+    assert [thread for thread in threading.enumerate() if thread.name == THREAD_NAME] == []
+
+
 @pytest.fixture
-def settings(server: SeaweedFS, tmp_path: Path) -> S3Settings:
-    """Of a backend without objects, which works in parts above 5 MiB. Its secrets are in files below `tmp_path`."""
-    (tmp_path / "access").write_text(f"{server.access_key}\n")
-    (tmp_path / "secret").write_text(f"{server.secret_key}\n")
+def of_nobody(tmp_path: Path) -> S3Settings:
+    """Settings that lead nowhere: work in parts above 5 MiB, and secrets in the files `access` and `secret`."""
+    (tmp_path / "access").write_text(f"{ACCESS_KEY}\n")
+    (tmp_path / "secret").write_text(f"{SECRET_KEY}\n")
     return S3Settings(
         backend_id="remote",
-        endpoint_url=server.endpoint_url,
+        endpoint_url="http://127.0.0.1:9",
         region="us-east-1",
         bucket=BUCKET,
         key_prefix=f"prefix/{uuid.uuid4().hex}",
-        access_key_ref=_file(tmp_path / "access", "access_key_ref"),
-        secret_key_ref=_file(tmp_path / "secret", "secret_key_ref"),
+        access_key_ref=in_file(tmp_path / "access", "access_key_ref"),
+        secret_key_ref=in_file(tmp_path / "secret", "secret_key_ref"),
         storage_class="STANDARD",
         sse=None,
         multipart_threshold_bytes=5 * MIB,
         multipart_chunk_bytes=5 * MIB,
     )
+
+
+@pytest.fixture
+def settings(server: SeaweedFS, of_nobody: S3Settings) -> S3Settings:
+    """Of a backend on the server, without objects."""
+    return but(of_nobody, endpoint_url=server.endpoint_url)
 
 
 @pytest.fixture
@@ -68,5 +82,11 @@ def but(settings: S3Settings, **changes: Any) -> S3Settings:
     return replace(settings, **changes)
 
 
-def _file(path: Path, setting: str) -> SecretRef:
+def in_file(path: Path, setting: str) -> SecretRef:
     return SecretRef(f"file:{path}", f"backends.remote.{setting}", path)
+
+
+def uploads(outside: Any, settings: S3Settings) -> list[str]:
+    """The keys of uploads that are begun and not ended, below the backend's prefix."""
+    page = outside.list_multipart_uploads(Bucket=settings.bucket, Prefix=settings.key_prefix)
+    return [upload["Key"] for upload in page.get("Uploads", ())]

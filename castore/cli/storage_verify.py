@@ -1,0 +1,274 @@
+"""`castore storage verify`: runs a scrub, shows what it finds as it comes, and sums up. Judges nothing itself."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from castore.cli.output import format_bytes, json_line, printable, text_fields
+from castore.cli.progress import ShowProgress, progress
+from castore.cli.session import Session, common_options
+from castore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from castore.catalog.reader import CatalogReader
+    from castore.config import BackendSettings, Config
+    from castore.storage.spi import StorageBackend
+    from castore.verify.scrub import Outcome, Scrub, Tally
+    from castore.verify.shard import Shard
+
+FOUND_SOMETHING_BAD: Final = 1
+COULD_NOT_RUN: Final = 2
+_INTERRUPTED: Final = 128 + 2
+
+PATHS_NAMED: Final = 20
+"""Paths listed for each failed location; how many more there are is said."""
+_SHOW_SECONDS: Final = 0.25
+"""Between two looks at how far the scrub is."""
+
+
+def _parse_shard(_context: click.Context, _parameter: click.Parameter, value: str | None) -> Shard | None:
+    if value is None:
+        return None
+    from castore.verify.shard import SHARD_RULE, Shard
+
+    try:
+        return Shard.parse(value)
+    except ValueError as exc:
+        raise click.BadParameter(f"{value!r}: expected {SHARD_RULE}") from exc
+
+
+@click.command("verify")
+@click.option(
+    "--backend",
+    "names",
+    metavar="ID_OR_TYPE",
+    multiple=True,
+    help="Only this backend, or all backends of this type; may be repeated.  [default: all]",
+)
+@click.option(
+    "--shard",
+    metavar="I/N",
+    callback=_parse_shard,
+    help="Only part I of N equal parts, the first being 1/N: for N hosts that share the work.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document for each location, and one that sums up.")
+@common_options
+@click.pass_obj
+def verify(session: Session, names: tuple[str, ...], shard: Shard | None, as_json: bool) -> int:
+    """Re-read every stored object, compare its digest, and record the result.
+
+    Exits with 1 when an object is missing or wrong, and with 2 when a backend could not be read.
+    """
+    import trio
+
+    from castore.catalog.reader import CatalogReader
+    from castore.storage.open import open_backend
+
+    config = session.config()
+    chosen = choose_backends(config, names)
+    with CatalogReader.open(config.store.catalog_path) as reader:
+        backends = {backend_id: open_backend(settings) for backend_id, settings in chosen.items()}
+        run = _Run(config, backends, shard, reader, as_json)
+        trio.run(run.main)
+        run.sum_up()
+    return run.exit_code()
+
+
+def choose_backends(config: Config, names: tuple[str, ...]) -> dict[str, BackendSettings]:
+    """The backends that `--backend` names, by id or else by type; all when it is not given. Raises ConfigError."""
+    if not names:
+        return dict(config.backends)
+    chosen: dict[str, BackendSettings] = {}
+    for name in names:
+        by_id = {key: settings for key, settings in config.backends.items() if key == name}
+        by_type = {key: settings for key, settings in config.backends.items() if settings.backend_type == name}
+        if not by_id and not by_type:
+            known = ", ".join(f"{key} ({settings.backend_type})" for key, settings in config.backends.items())
+            raise ConfigError(f"--backend {name}: no such backend is configured; there are {known}")
+        chosen |= by_id or by_type
+    return chosen
+
+
+class _Run:
+    """One scrub on the command line."""
+
+    def __init__(
+        self,
+        config: Config,
+        backends: dict[str, StorageBackend],
+        shard: Shard | None,
+        reader: CatalogReader,
+        as_json: bool,
+    ) -> None:
+        self._config = config
+        self._backends = backends
+        self._shard = shard
+        self._reader = reader
+        self._as_json = as_json
+        self._interrupted = False
+        self._output_error: OSError | None = None
+        self._started = time.monotonic()
+        self._tally: Tally
+
+    async def main(self) -> None:
+        """The scrub, with progress, until it is done or interrupted. Raises StateError, and OSError of the output."""
+        import trio
+
+        from castore.catalog.scrub import ALL_DIGESTS
+        from castore.verify.scrub import Scrub
+
+        within = self._shard.digests if self._shard else ALL_DIGESTS
+        try:
+            with progress(f"verifying {printable(', '.join(self._backends))}") as show:
+                with trio.CancelScope() as scope:
+
+                    def tell(outcome: Outcome) -> None:
+                        try:
+                            self._tell(outcome, show)
+                        except OSError as exc:
+                            self._output_error = self._output_error or exc
+                            scope.cancel()
+
+                    scrub = Scrub(self._config.store.catalog_path, self._backends, within=within, on_outcome=tell)
+                    self._tally = scrub.tally
+                    await self._run(scrub, scope, show)
+        finally:
+            with trio.CancelScope(shield=True):
+                for backend in self._backends.values():
+                    await backend.aclose()
+        if self._output_error is not None:
+            raise self._output_error
+
+    async def _run(self, scrub: Scrub, scope: Any, show: ShowProgress) -> None:
+        import trio
+
+        error: BaseException | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._cancel_on_signal, scope)
+            nursery.start_soon(self._show, show)
+            try:
+                await scrub.run()
+            except Exception as exc:
+                # Raised outside, so that it is not part of a group.
+                error = exc
+            nursery.cancel_scope.cancel()
+        if error is not None:
+            raise error
+
+    async def _cancel_on_signal(self, scope: Any) -> None:
+        import trio
+
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async for _ in signals:
+                self._interrupted = True
+                scope.cancel()
+
+    async def _show(self, show: ShowProgress) -> None:
+        import trio
+
+        tally = self._tally
+        while True:
+            if tally.total_count and tally.total_bytes is not None:
+                show(
+                    done_bytes=min(tally.read_bytes, tally.total_bytes),
+                    total_bytes=tally.total_bytes,
+                    files=f"{tally.done_count} of {tally.total_count} objects, {tally.counts['failed']} failed",
+                )
+            await trio.sleep(_SHOW_SECONDS)
+
+    # results
+
+    def _tell(self, outcome: Outcome, show: ShowProgress) -> None:
+        if self._as_json:
+            show.say(json_line(self._document(outcome)))
+        elif outcome.verdict == "unreadable":
+            show.say(f"unreadable: {printable(outcome.error)}")
+        elif outcome.verdict == "failed":
+            for line in self._failure_lines(outcome):
+                show.say(line)
+
+    def _document(self, outcome: Outcome) -> dict[str, Any]:
+        row, reading, event = outcome.row, outcome.reading, outcome.event or {}
+        document = {
+            "backend_id": row.backend_id,
+            "digest": str(row.digest),
+            "size_bytes": row.size_bytes,
+            "status": str(outcome.verdict),
+            "reason": event.get("reason"),
+            "observed_digest": event.get("observed_digest"),
+            "observed_size_bytes": reading.observed_size_bytes if reading else None,
+            "error": outcome.error,
+            "packages": event.get("packages", []),
+            "duration_ms": outcome.duration_ms,
+        }
+        if outcome.verdict == "failed":
+            uses, count = self._reader.paths_of(row.blob_id, PATHS_NAMED)
+            document["paths"] = [{"package": use.ref, **text_fields("path", use.path)} for use in uses]
+            document["path_count"] = count
+        return document
+
+    def _failure_lines(self, outcome: Outcome) -> list[str]:
+        row, reading = outcome.row, outcome.reading
+        assert reading is not None
+        found = ""
+        if reading.observed_digest is not None:
+            found = f"; found {reading.observed_size_bytes} bytes of {reading.observed_digest}"
+        backend_id = printable(row.backend_id)
+        lines = [f"failed: {reading.reason} in backend {backend_id}: {row.size_bytes} bytes of {row.digest}{found}"]
+        uses, count = self._reader.paths_of(row.blob_id, PATHS_NAMED)
+        lines += [f"  {use.ref}: {printable(use.path) or 'its manifest'}" for use in uses]
+        if count > len(uses):
+            lines.append(f"  and {count - len(uses)} more")
+        if not uses:
+            lines.append("  no package uses it")
+        return lines
+
+    def exit_code(self) -> int:
+        """130 when it was interrupted, else 2, 1 or 0."""
+        counts = self._tally.counts
+        if self._interrupted:
+            return _INTERRUPTED
+        if self._tally.stopped or counts["unreadable"]:
+            return COULD_NOT_RUN
+        return FOUND_SOMETHING_BAD if counts["failed"] else 0
+
+    def sum_up(self) -> None:
+        """The last words: numbers to standard output, what kept it from its end to standard error."""
+        tally, seconds = self._tally, time.monotonic() - self._started
+        if self._as_json:
+            click.echo(json_line(self._summary(seconds)))
+        else:
+            rate = format_bytes(int(tally.read_bytes / max(seconds, 0.001)))
+            total = "" if tally.total_count is None else f" of {tally.total_count}"
+            click.echo(
+                f"looked at {tally.done_count}{total} locations, {format_bytes(tally.read_bytes)} "
+                f"in {seconds:.1f} s ({rate}/s)"
+            )
+            click.echo(", ".join(f"{verdict}: {count}" for verdict, count in tally.counts.items()))
+        for backend_id, error in tally.stopped.items():
+            print(f"castore: error: backend {printable(backend_id)} is given up: {printable(error)}", file=sys.stderr)
+        if self._interrupted:
+            print(
+                f"castore: interrupted: what was found of {tally.done_count} locations is recorded", file=sys.stderr
+            )
+
+    def _summary(self, seconds: float) -> dict[str, Any]:
+        tally = self._tally
+        return {
+            "summary": True,
+            "backends": list(self._backends),
+            "shard": f"{self._shard.number}/{self._shard.count}" if self._shard else None,
+            "location_count": tally.total_count,
+            "looked_at": tally.done_count,
+            **{str(verdict): count for verdict, count in tally.counts.items()},
+            "read_bytes": tally.read_bytes,
+            "duration_s": round(seconds, 3),
+            "given_up": [{"backend_id": backend_id, "error": error} for backend_id, error in tally.stopped.items()],
+            "interrupted": self._interrupted,
+            "exit_code": self.exit_code(),
+        }

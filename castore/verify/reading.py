@@ -1,0 +1,106 @@
+"""Re-reads one object as a whole and says whether it is the blob it should be. Records nothing, knows no catalog."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from castore.catalog.records import FailureReason
+from castore.digest import Digest, new_hasher
+from castore.errors import ObjectMissing, ObjectTruncated
+from castore.storage.spi import StorageBackend
+
+PIECE_BYTES: Final = 8 * 1024 * 1024
+"""One get: large enough that a remote store's latency is a small part of it."""
+LARGE_BYTES: Final = 1024 * 1024
+"""Objects above this size share a few buffers of PIECE_BYTES; smaller ones get one of their own size."""
+LARGE_READS: Final = 4
+"""Large objects read at a time: with two cores, hashing is busy with fewer; bounds the memory of a scrub to 32 MiB for
+each backend, and as much again where the backend needs a buffer of its own."""
+HASH_INLINE_BYTES: Final = 64 * 1024
+"""A piece up to this size is hashed on the event loop: 40 microseconds, where a thread costs 60."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What an object was found to be. `reason` is None when it is the blob.
+
+    The digest and the size are those of the bytes that are there; None when they cannot be told.
+    """
+
+    reason: FailureReason | None
+    observed_digest: Digest | None
+    observed_size_bytes: int | None
+
+
+class ObjectReader:
+    """Reads the objects of one backend, from many tasks at once, in bounded memory.
+
+    `on_bytes` is told of each piece that was read and hashed.
+    """
+
+    def __init__(self, backend: StorageBackend, *, on_bytes: Callable[[int], None] = lambda _: None) -> None:
+        self._backend = backend
+        self._on_bytes = on_bytes
+        self._large = trio.CapacityLimiter(LARGE_READS)
+        self._buffers: list[bytearray] = []
+        self._hashing = trio.CapacityLimiter(os.cpu_count() or 1)
+
+    async def judge(self, digest: Digest, size_bytes: int) -> Reading:
+        """Re-read the object that should be `size_bytes` of `digest`; twice before it is said to be bad.
+
+        Raises a StorageError other than ObjectMissing and ObjectTruncated when the backend does not tell.
+        """
+        reading = await self._read(digest, size_bytes)
+        if reading.reason is not None:
+            reading = await self._read(digest, size_bytes)
+        return reading
+
+    async def _read(self, digest: Digest, size_bytes: int) -> Reading:
+        observed_size: int | None = None
+        try:
+            # The whole object, however long it is: an object with bytes appended begins with the right ones.
+            observed_size = (await self._backend.head(digest)).size_bytes
+            observed = await self._observe(digest, observed_size)
+        except ObjectMissing:
+            return Reading(FailureReason.MISSING, None, None)
+        except ObjectTruncated:
+            # The store says one size and gives fewer bytes.
+            return Reading(FailureReason.SIZE_MISMATCH, None, None)
+        reason = None
+        if observed_size != size_bytes:
+            reason = FailureReason.SIZE_MISMATCH
+        elif observed != digest:
+            reason = FailureReason.DIGEST_MISMATCH
+        return Reading(reason, observed, observed_size)
+
+    async def _observe(self, digest: Digest, size_bytes: int) -> Digest:
+        hasher = new_hasher(digest.algorithm)
+        async with self._buffer(size_bytes) as buffer:
+            for offset in range(0, size_bytes, PIECE_BYTES):
+                length = min(PIECE_BYTES, size_bytes - offset)
+                piece = await self._backend.get(digest, offset=offset, length=length, into=buffer)
+                if length <= HASH_INLINE_BYTES:
+                    hasher.update(piece)
+                else:
+                    await trio.to_thread.run_sync(hasher.update, piece, limiter=self._hashing)
+                self._on_bytes(length)
+        return Digest(digest.algorithm, hasher.digest())
+
+    @asynccontextmanager
+    async def _buffer(self, size_bytes: int) -> AsyncIterator[bytearray]:
+        if size_bytes <= LARGE_BYTES:
+            yield bytearray(size_bytes)
+            return
+        async with self._large:
+            # Kept for the next large object: fresh memory costs a page fault for every 4 KiB.
+            buffer = self._buffers.pop() if self._buffers else bytearray(PIECE_BYTES)
+            try:
+                yield buffer
+            finally:
+                self._buffers.append(buffer)

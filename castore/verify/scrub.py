@@ -1,0 +1,258 @@
+"""The scrub of some backends: catalog rows -> bounded channel -> workers -> status and event in shared transactions.
+
+Backends are scrubbed beside each other, so that one that does not answer holds up no other. What is committed counts:
+a scrub that is cancelled, or killed, loses only what it was reading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from castore.catalog.scrub import ALL_DIGESTS, DigestRange, LocationRow, ScrubReader
+from castore.catalog.writer import CatalogWriter, Transaction
+from castore.digest import Digest
+from castore.errors import CastoreError, CatalogBusy, StorageError
+from castore.registry.locations import Finding, record_finding
+from castore.storage.spi import StorageBackend
+from castore.verify.reading import ObjectReader, Reading
+
+WORKERS: Final = 16
+"""Objects of a backend read at a time: hides the latency of small ones, and is what a local backend reads at once."""
+PAGE_LOCATIONS: Final = 1000
+"""Rows read from the catalog by one query: 20 ms."""
+BATCH_LOCATIONS: Final = 256
+"""Locations that share one transaction: its sync costs as much as some ten small reads. It holds the write lock for
+some 30 ms, which no publish notices."""
+BATCH_SECONDS: Final = 1.0
+"""How long a finding waits for others: bounds what a kill loses."""
+ERRORS_IN_A_ROW: Final = 8
+"""Errors without a success in between after which a backend is given up. Each was tried several times below."""
+COMMIT_TRIES: Final = 6
+"""Each waits for another process's write lock, 30 s in all."""
+
+
+class Verdict(enum.StrEnum):
+    """What became of one location."""
+
+    VERIFIED = "verified"
+    FAILED = "failed"
+    CHANGED = "changed"
+    """It was put anew, deleted or judged by others while it was read: nothing is recorded."""
+    UNREADABLE = "unreadable"
+    """The backend did not give the object, nor say that it is missing: nothing is recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One location, after it was looked at. `event` is the data of the event that was stored, None when none was."""
+
+    row: LocationRow
+    verdict: Verdict
+    reading: Reading | None
+    error: str
+    duration_ms: int
+    event: dict[str, Any] | None = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a scrub has done so far; counts of locations, and bytes."""
+
+    total_count: int | None = None
+    """All there are, once they have been counted."""
+    total_bytes: int | None = None
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(map(str, Verdict), 0))
+    """Locations by their verdict."""
+    read_bytes: int = 0
+    """Bytes that were read and hashed, those read a second time among them."""
+    stopped: dict[str, str] = field(default_factory=dict)
+    """Why a backend was given up, by its id."""
+
+    @property
+    def done_count(self) -> int:
+        """Locations that were looked at."""
+        return sum(self.counts.values())
+
+
+class Scrub:
+    """One run over the locations of some backends.
+
+    `on_outcome` is called for each location, after what was found is committed; it must not block for long.
+    """
+
+    def __init__(
+        self,
+        catalog_path: Path,
+        backends: Mapping[str, StorageBackend],
+        *,
+        within: DigestRange = ALL_DIGESTS,
+        on_outcome: Callable[[Outcome], None] = lambda _: None,
+    ) -> None:
+        self.tally = Tally()
+        self._catalog_path = catalog_path
+        self._backends = backends
+        self._within = within
+        self._on_outcome = on_outcome
+        self._error: CastoreError | None = None
+
+    async def run(self) -> None:
+        """Look at every location. When cancelled, what was found until then is committed first.
+
+        Raises StateError when the catalog cannot be read or written; backends that fail are in `tally.stopped`.
+        """
+        with contextlib.closing(CatalogWriter(self._catalog_path)) as writer:
+            async with trio.open_nursery() as nursery:
+                results, findings = trio.open_memory_channel[Outcome](BATCH_LOCATIONS)
+                nursery.start_soon(self._guard, nursery.cancel_scope, self._count)
+                nursery.start_soon(self._guard, nursery.cancel_scope, self._commit_all, writer, findings)
+                async with results:
+                    async with trio.open_nursery() as backends:
+                        for backend in self._backends.values():
+                            backends.start_soon(
+                                self._guard, nursery.cancel_scope, self._scrub_backend, backend, results
+                            )
+        if self._error is not None:
+            raise self._error
+
+    async def _guard(self, scope: trio.CancelScope, task: Callable[..., Any], *arguments: Any) -> None:
+        """Run a task; its error ends all others, and is raised by `run` alone instead of in a group."""
+        try:
+            await task(*arguments)
+        except CastoreError as exc:
+            self._error = self._error or exc
+            scope.cancel()
+
+    async def _count(self) -> None:
+        count = size_bytes = 0
+        with contextlib.closing(await trio.to_thread.run_sync(ScrubReader, self._catalog_path)) as reader:
+            for backend_id in self._backends:
+                for part in self._within.slices():
+                    part_count, part_bytes = await trio.to_thread.run_sync(reader.totals_within, backend_id, part)
+                    count, size_bytes = count + part_count, size_bytes + part_bytes
+        self.tally.total_count, self.tally.total_bytes = count, size_bytes
+
+    # one backend
+
+    async def _scrub_backend(self, backend: StorageBackend, results: trio.MemorySendChannel[Outcome]) -> None:
+        # A backend that is ill gets one chance: its first error is the answer.
+        patience = 1 if (await backend.health()).status == "fail" else ERRORS_IN_A_ROW
+        reader = ObjectReader(backend, on_bytes=self._add_bytes)
+        rows, queue = trio.open_memory_channel[LocationRow](WORKERS)
+        errors = 0
+        async with trio.open_nursery() as nursery:
+
+            async def work() -> None:
+                nonlocal errors
+                async for row in queue:
+                    outcome = await _look_at(reader, row)
+                    errors = errors + 1 if outcome.verdict is Verdict.UNREADABLE else 0
+                    await results.send(outcome)
+                    if errors >= patience:
+                        self.tally.stopped.setdefault(backend.backend_id, outcome.error)
+                        nursery.cancel_scope.cancel()
+
+            for _ in range(WORKERS):
+                nursery.start_soon(work)
+            await self._send_rows(backend.backend_id, rows)
+
+    async def _send_rows(self, backend_id: str, rows: trio.MemorySendChannel[LocationRow]) -> None:
+        last: Digest | None = None
+        with contextlib.closing(await trio.to_thread.run_sync(ScrubReader, self._catalog_path)) as reader:
+            async with rows:
+                while page := await trio.to_thread.run_sync(
+                    reader.locations_after, backend_id, last, self._within, PAGE_LOCATIONS
+                ):
+                    for row in page:
+                        await rows.send(row)
+                    last = page[-1].digest
+
+    def _add_bytes(self, size_bytes: int) -> None:
+        self.tally.read_bytes += size_bytes
+
+    # recording
+
+    async def _commit_all(self, writer: CatalogWriter, findings: trio.MemoryReceiveChannel[Outcome]) -> None:
+        batch: list[Outcome] = []
+        try:
+            async for outcome in findings:
+                batch.append(outcome)
+                with trio.move_on_after(BATCH_SECONDS):
+                    while len(batch) < BATCH_LOCATIONS:
+                        try:
+                            batch.append(await findings.receive())
+                        except trio.EndOfChannel:
+                            break
+                await self._commit(writer, batch)
+        except trio.Cancelled:
+            # What was found until now is kept.
+            with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
+                while True:
+                    batch.append(findings.receive_nowait())
+            with trio.CancelScope(shield=True):
+                await self._commit(writer, batch)
+            raise
+
+    async def _commit(self, writer: CatalogWriter, batch: list[Outcome]) -> None:
+        """Record a batch and empty it. Raises StateError with the batch as it was."""
+        if not batch:
+            return
+        for tries_left in reversed(range(COMMIT_TRIES)):
+            try:
+                events = await writer.run(lambda transaction: [_record(transaction, outcome) for outcome in batch])
+                break
+            except CatalogBusy:
+                if not tries_left:
+                    raise
+        recorded, batch[:] = list(zip(batch, events, strict=True)), []
+        for outcome, event in recorded:
+            told = _told(outcome, event)
+            self.tally.counts[told.verdict] += 1
+            self._on_outcome(told)
+
+
+async def _look_at(reader: ObjectReader, row: LocationRow) -> Outcome:
+    started = time.monotonic()
+
+    def outcome(verdict: Verdict, reading: Reading | None, error: str) -> Outcome:
+        return Outcome(row, verdict, reading, error, round((time.monotonic() - started) * 1000))
+
+    try:
+        reading = await reader.judge(row.digest, row.size_bytes)
+    except StorageError as exc:
+        return outcome(Verdict.UNREADABLE, None, str(exc))
+    return outcome(Verdict.VERIFIED if reading.reason is None else Verdict.FAILED, reading, "")
+
+
+def _record(transaction: Transaction, outcome: Outcome) -> dict[str, Any] | None:
+    row, reading = outcome.row, outcome.reading
+    if reading is None:
+        return None
+    return record_finding(
+        transaction,
+        Finding(
+            digest=row.digest,
+            backend_id=row.backend_id,
+            size_bytes=row.size_bytes,
+            reason=reading.reason,
+            observed_digest=reading.observed_digest,
+            duration_ms=outcome.duration_ms,
+            seen_status=row.status,
+            seen_stored_at_ns=row.stored_at_ns,
+        ),
+    )
+
+
+def _told(outcome: Outcome, event: dict[str, Any] | None) -> Outcome:
+    """The outcome as it was recorded."""
+    verdict = outcome.verdict
+    if event is None and verdict is not Verdict.UNREADABLE:
+        verdict = Verdict.CHANGED
+    return Outcome(outcome.row, verdict, outcome.reading, outcome.error, outcome.duration_ms, event)
