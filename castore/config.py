@@ -7,6 +7,7 @@ of backend are in `castore.config_backends`.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from castore.errors import ConfigError
 
 __all__ = [
     "CONFIG_VARIABLE",
+    "LISTEN_RULE",
     "SYSTEM_CONFIG_PATH",
     "BackendSettings",
     "CacheSettings",
@@ -38,11 +40,14 @@ __all__ = [
     "find_config",
     "load_config",
     "parse_config",
+    "parse_listen",
     "user_config_path",
 ]
 
 SYSTEM_CONFIG_PATH: Final = Path("/etc/castore/castore.toml")
 CONFIG_VARIABLE: Final = "CASTORE_CONFIG"
+
+LISTEN_RULE: Final = '"HOST:PORT" or "[IPV6]:PORT", the port from 0 to 65535'
 
 _GIB: Final = 2**30
 
@@ -288,17 +293,19 @@ def _backend_id(table: Table, key: str, backend_id: str, backend_ids: tuple[str,
 
 def _http(top: Table) -> HttpSettings:
     table = top.table("http", ("listen",))
-    allowed = '"HOST:PORT" or "[IPV6]:PORT", the port from 0 to 65535'
-    listen = table.text(
-        "listen",
-        "127.0.0.1:8750",
-        allowed=allowed,
-        pattern=r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}",
-    )
-    host, _, port = listen.rpartition(":")
-    if int(port) > 65535:
-        raise table.refuse("listen", allowed)
-    return HttpSettings(host.strip("[]"), int(port))
+    listen = table.text("listen", "127.0.0.1:8750", allowed=LISTEN_RULE)
+    try:
+        return parse_listen(listen)
+    except ValueError:
+        raise table.refuse("listen", LISTEN_RULE) from None
+
+
+def parse_listen(text: str) -> HttpSettings:
+    """The address that a text such as `127.0.0.1:8750` means. Raises ValueError for what LISTEN_RULE does not allow."""
+    match = re.fullmatch(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})", text, re.ASCII)
+    if match is None or int(match[2]) > 65535:
+        raise ValueError("not an address")
+    return HttpSettings(match[1].strip("[]"), int(match[2]))
 
 
 def _check_places(config: Config, file: Path) -> None:

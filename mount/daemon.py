@@ -15,6 +15,10 @@ import pyfuse3
 import trio
 
 from castore.api.control import Report, serve_control
+from castore.api.health import HealthDocument, queue_state
+from castore.api.http_api import HttpApi
+from castore.api.http_server import open_listener, serve_http, url_of
+from castore.api.probes import BackendProbes
 from castore.api.status import StatusDocument
 from castore.blobs.reader import BlobReader
 from castore.catalog.connection import open_reader
@@ -114,12 +118,16 @@ class Daemon:
         self._status = StatusDocument(
             state_dir=config.store.state_dir, mountpoint=self._path, catalog=catalog, ingest=ingest, blobs=blobs
         )
+        probes = BackendProbes(backends)
+        self._health = HealthDocument(
+            catalog_path=config.store.catalog_path, probes=probes, queue=lambda: queue_state(ingest)
+        )
         packages = PackagesTree(catalog, blobs, ingest)
         self._operations = CastoreOperations(
             catalog=catalog,
             packages=packages,
             by_digest=ByDigestTree(catalog),
-            control=ControlTree(self._status.make),
+            control=ControlTree(status=self._make_status, health=self._health.make),
             ingest=ingest,
             publish_wait_seconds=config.ingest.publish_wait_seconds,
             sync_wait_seconds=config.ingest.sync_wait_seconds,
@@ -128,6 +136,8 @@ class Daemon:
             await ingest.recover()
             async with trio.open_nursery() as nursery:
                 await nursery.start(blobs.run)
+                await nursery.start(probes.run)
+                nursery.start_soon(self._serve_http)
                 nursery.start_soon(ingest.run)
                 nursery.start_soon(self._sweep)
                 await nursery.start(serve_control, config.store.control_path, self._handlers())
@@ -230,10 +240,33 @@ class Daemon:
             if count:
                 log.info("backend %s: %d leftovers of broken puts removed", settings.backend_id, count)
 
+    async def _serve_http(self) -> None:
+        """The HTTP API beside the mount, which does without it when its address is taken."""
+        settings = self._config.http
+        try:
+            listening = await trio.to_thread.run_sync(open_listener, settings.host, settings.port)
+        except StateError as exc:
+            log.warning("%s; this mount has no HTTP API", exc)
+            self._health.notices.append(str(exc))
+            return
+        api = HttpApi(
+            catalog_path=self._config.store.catalog_path, health=self._health, is_ready=lambda: self._mounted
+        )
+        self._status.http_url = url_of(listening)
+        log.info("HTTP API at %s", self._status.http_url)
+        try:
+            await serve_http(listening, api.respond)
+        except Exception:
+            log.exception("the HTTP API failed unexpectedly; this mount goes on without it")
+            self._health.notices.append("the HTTP API failed unexpectedly: the log says more")
+
     # commands of the control socket
 
     def _handlers(self) -> dict[str, Any]:
         return {"status": self._answer_status, "publish": self._answer_publish, "umount": self._answer_umount}
+
+    async def _make_status(self) -> dict[str, Any]:
+        return self._status.make()
 
     async def _answer_status(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
         return self._status.make()

@@ -28,19 +28,23 @@ class _Waits:
 
     def __init__(self) -> None:
         self._scopes: set[trio.CancelScope] = set()
+        self._ended = False
 
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:
         """Cancel the body after `seconds`, or when the daemon ends."""
         with trio.move_on_after(seconds) as scope:
             self._scopes.add(scope)
+            if self._ended:
+                scope.cancel()
             try:
                 yield
             finally:
                 self._scopes.discard(scope)
 
     def end(self) -> None:
-        """The daemon ends: nobody waits any longer."""
+        """The daemon ends: nobody waits any longer, and nobody begins to."""
+        self._ended = True
         for scope in self._scopes:
             scope.cancel()
 

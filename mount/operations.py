@@ -26,6 +26,7 @@ from mount.inodes import (
     CONTROL,
     DIGEST_DIRECTORIES,
     DIGEST_FILES,
+    HEALTH_FILE,
     PACKAGES,
     ROOT,
     STATUS_FILE,
@@ -72,7 +73,7 @@ class CastoreOperations(pyfuse3.Operations):
         """The tree that an inode is in; the root is looked after here."""
         if inode >= DIGEST_DIRECTORIES or inode in (BY_DIGEST, BY_DIGEST_ALGORITHM):
             return self._by_digest
-        if inode in (CONTROL, STATUS_FILE):
+        if inode in (CONTROL, STATUS_FILE, HEALTH_FILE):
             return self._control
         if self._files.has(inode):
             return self._files
@@ -305,12 +306,16 @@ class CastoreOperations(pyfuse3.Operations):
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise ReadOnly("published files do not change")
         if isinstance(tree, ControlTree):
-            return pyfuse3.FileInfo(fh=self.handles.add(tree.open(inode)), direct_io=True)
+            return await self._open_document(inode)
         if isinstance(tree, ByDigestTree):
             handle = self._packages.open_blob(inode - DIGEST_FILES)
         else:
             handle = tree.open(inode)
         return pyfuse3.FileInfo(fh=self.handles.add(handle), keep_cache=True)
+
+    @deadlined
+    async def _open_document(self, inode: int) -> pyfuse3.FileInfo:
+        return pyfuse3.FileInfo(fh=self.handles.add(await self._control.open(inode)), direct_io=True)
 
     @guarded
     async def create(

@@ -81,6 +81,18 @@ def test_reserved_module(module: str) -> None:
     assert [path for path in used_by if not path.startswith(RESERVED[module])] == []
 
 
+def test_only_the_s3_backend_needs_the_s3_extra() -> None:
+    modules = [
+        ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+        for path in SOURCES
+        if path.stem != "__main__" and not str(path).startswith("castore/storage/backends/s3")
+    ]
+    # None in sys.modules makes an import fail like that of a module that is not installed.
+    absent = dict.fromkeys(("aioboto3", "aiobotocore", "aiohttp", "boto3", "botocore"))
+    load = f"import importlib, sys\nsys.modules |= {absent}\nfor name in {modules}:\n    importlib.import_module(name)"
+    subprocess.run([sys.executable, "-c", load], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize("part", ["castore/registry", "castore/api"])
 def test_no_word_of_one_store(part: str) -> None:
     said = {str(path): words((ROOT / path).read_text()) & STORE_WORDS for path in SOURCES}

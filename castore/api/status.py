@@ -29,6 +29,8 @@ class StatusDocument:
         self._ingest = ingest
         self._blobs = blobs
         self._started_ns = time.time_ns()
+        self.http_url = ""
+        """Where the HTTP API answers; empty while it does not."""
 
     def make(self) -> dict[str, Any]:
         """The document as of now. Sizes are bytes, times nanoseconds since the epoch."""
@@ -43,6 +45,7 @@ class StatusDocument:
             "started_ns": self._started_ns,
             "state_dir": str(self._state_dir),
             "mountpoint": str(self._mountpoint),
+            "http_url": self.http_url,
             "package_count": package_count,
             "package_bytes": package_bytes,
             "queue": queue,

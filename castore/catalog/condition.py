@@ -1,4 +1,4 @@
-"""What health asks of the catalog: cheap for any number of blobs, since it looks at failed locations only. Judges nothing."""
+"""What health asks of the catalog: cheap for any number of blobs, as it looks at failed locations only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from castore.catalog.reader import CatalogReader
 from castore.catalog.uses import packages_of
 
 FAILED_LOOKED_AT: Final = 1000
-"""Failed locations that are looked at one by one: some 20 ms. With more, their number is exact and the rest a sample."""
+"""Failed locations that are looked at one by one: some 20 ms. Beyond, only their number is known."""
 PACKAGES_LISTED: Final = 20
 """Packages named in a health document."""
 
@@ -83,19 +83,23 @@ class ConditionReader(CatalogReader):
                 cut_off += bool(elsewhere)
         return FailedLocations(count, lost, cut_off, _some(touched), _some(gone))
 
-    def sole_in(self, unreachable: Collection[str]) -> tuple[str, ...]:
-        """Some packages that were published to backends of `unreachable` alone, as NAME/VERSION.
+    def sole_in(self, unreachable: Collection[str]) -> dict[str, frozenset[str]]:
+        """Some packages, as NAME/VERSION, that were published to backends of `unreachable` alone, and to which.
 
         All that such a package has is there, its manifest at least nowhere else.
         """
         # Few routes, many packages: the backends of each route are compared once.
         routes = [row[0] for row in self._rows("SELECT DISTINCT backend_ids FROM packages")]
-        alone = [route for route in routes if set(json.loads(route)) <= set(unreachable)]
-        rows = self._rows(
-            "SELECT name || '/' || version FROM packages WHERE backend_ids IN (SELECT value FROM json_each(?)) LIMIT ?",
-            (json.dumps(alone), PACKAGES_LISTED),
-        )
-        return tuple(sorted(row[0] for row in rows))
+        found: dict[str, frozenset[str]] = {}
+        for route in routes:
+            backends = frozenset(json.loads(route))
+            if backends <= set(unreachable):
+                rows = self._rows(
+                    "SELECT name || '/' || version FROM packages WHERE backend_ids = ? ORDER BY package_id LIMIT ?",
+                    (route, PACKAGES_LISTED),
+                )
+                found |= {row[0]: backends for row in rows}
+        return found
 
 
 def _some(packages: set[str]) -> tuple[str, ...]:

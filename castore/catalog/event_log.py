@@ -11,7 +11,7 @@ from castore.catalog.reader import CatalogReader
 from castore.events import Event
 
 _LATE_NS: Final = 600 * 10**9
-"""An event's time is taken before its transaction begins, so an earlier row may have a later time: by less than this."""
+"""An event's time is taken before its transaction, so an earlier row may have a later time: by less than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class EventReader(CatalogReader):
         # https://www.sqlite.org/pragma.html#pragma_data_version
         version = self._one("PRAGMA data_version")[0]
         known, self._seen_version = self._seen_version, version
-        return version != known
+        return bool(version != known)
 
     def last_sequence(self) -> int:
         """The sequence of the newest event, 0 when there is none."""
@@ -67,7 +67,9 @@ class EventReader(CatalogReader):
         # Invariant: all events up to `low` are older. Sequences may have gaps: the next one at or above is looked at.
         while low < high:
             middle = (low + high + 1) // 2
-            row = self._one("SELECT sequence, time_ns FROM events WHERE sequence >= ? ORDER BY sequence LIMIT 1", middle)
+            row = self._one(
+                "SELECT sequence, time_ns FROM events WHERE sequence >= ? ORDER BY sequence LIMIT 1", middle
+            )
             if row is not None and row[1] < time_ns - _LATE_NS:
                 low = max(middle, row[0])
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from castore.catalog.connection import executor, open_reader, sqlite_errors
 from castore.catalog.records import (
@@ -63,7 +63,7 @@ class CatalogReader:
         """The catalog at `path`."""
         return cls(path)
 
-    def __enter__(self) -> CatalogReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -16,7 +16,7 @@ import trio
 from castore.catalog.workspace import Node, WorkspaceStore
 from castore.digest import BlobHasher, BlobSummary
 from castore.errors import NotOpen, ReadOnly, StagingFull
-from castore.ingest.hashing import INLINE_BYTES, HashQueue, hash_file
+from castore.ingest.hashing import INLINE_BYTES, HashQueue, PutJob, hash_file
 from castore.ingest.pulse import Signal
 
 
@@ -186,8 +186,6 @@ class StagedFiles:
             return
         file.is_flushed = True
         await self._finish(file, rehash=False)
-        if file.is_dirty:
-            self._store.update_node(file.inode, size_bytes=file.size_bytes, mtime_ns=file.mtime_ns)
 
     def _close_if_unused(self, file: StagedFile) -> None:
         if file.handles or file.pending or self._open.get(file.inode) is not file:
@@ -273,7 +271,7 @@ class StagedFiles:
     # digests
 
     async def _finish(self, file: StagedFile, *, rehash: bool) -> None:
-        """Bring the digest into the workspace, now or by a queued job."""
+        """Bring size and time into the workspace, and the digest: now or by a queued job."""
         if not file.is_dirty or file.is_published:
             return
         hasher, changes = file.hasher, file.changes
@@ -282,15 +280,18 @@ class StagedFiles:
             if not file.pending:
                 self._staged(file, hasher.finish(), changes)
                 return
-            file.set_mtime(file.mtime_ns)
-            await self._queue_summary(file, hasher.finish, changes)
-            return
+        else:
+            hasher = None
+        self._store.update_node(file.inode, size_bytes=file.size_bytes, mtime_ns=file.mtime_ns)
         file.set_mtime(file.mtime_ns)
-        if rehash:
-            # Chunks of an abandoned pass may still be queued; the new pass goes behind them.
-            await self._queue_summary(file, lambda: hash_file(file.descriptor), changes)
+        if hasher is not None:
+            await self._queue_summary(self._hashes.put, file, hasher.finish, changes)
+        elif rehash:
+            await self._queue_summary(self._hashes.put_whole, file, lambda: hash_file(file.descriptor), changes)
 
-    async def _queue_summary(self, file: StagedFile, work: Callable[[], BlobSummary], changes: int) -> None:
+    async def _queue_summary(
+        self, put: PutJob, file: StagedFile, work: Callable[[], BlobSummary], changes: int
+    ) -> None:
         result: list[BlobSummary | OSError] = []
 
         def run() -> None:
@@ -308,7 +309,7 @@ class StagedFiles:
             self._close_if_unused(file)
 
         file.pending += 1
-        await self._hashes.put(run, done)
+        await put(run, done)
 
     def _staged(self, file: StagedFile, summary: BlobSummary, changes: int) -> None:
         if changes != file.changes or not file.is_dirty:

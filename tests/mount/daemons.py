@@ -22,7 +22,8 @@ def foreground(store: MountedStore) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "castore.cli", "--config", store.config, "mount", store.mnt]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
-            wait_until(lambda: mount_at(store.mnt), "the mount is there")
+            wait_until(lambda: mount_at(store.mnt) or process.poll() is not None, "the mount is there")
+            assert process.poll() is None, process.communicate()[1]
             yield process
         finally:
             process.kill()

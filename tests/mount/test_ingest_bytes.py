@@ -68,6 +68,26 @@ def test_writes_after_the_file_was_stored(shared_store: MountedStore) -> None:
     _check_published(shared_store, "rewritten/1", {"file": b"first" * 50_000 + b"changed" + (b"first" * 50_000)[7:]})
 
 
+def test_changes_while_it_is_hashed(shared_store: MountedStore) -> None:
+    box = shared_store.ingest("hashing/1")
+    content = bytearray(random.Random(3).randbytes(_MIB) * 48)
+    path = box / "file"
+    with path.open("wb") as file:
+        file.seek(len(content) - 1)  # back to front, so that all of it is hashed after the close
+        file.write(content[-1:])
+        file.seek(0)
+        file.write(content)
+    for number in range(5):
+        # Opened and closed again while the bytes of before are still being hashed.
+        offset = number * 9 * _MIB
+        with path.open("r+b") as file:
+            assert shared_store.state_of(path) == "receiving"
+            file.seek(offset)
+            file.write(b"changed")
+        content[offset : offset + 7] = b"changed"
+    _check_published(shared_store, "hashing/1", {"file": bytes(content)})
+
+
 def test_append(shared_store: MountedStore) -> None:
     box = shared_store.ingest("appended/1")
     expected = b""

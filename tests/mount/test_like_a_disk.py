@@ -1,4 +1,4 @@
-"""ingest/ against the disk's own file system: the same random operations, the same answers, the same tree afterwards."""
+"""ingest/ against the disk's own file system: the same random operations, the same answers, the same tree."""
 
 from __future__ import annotations
 
@@ -175,7 +175,9 @@ def _step(numbers: random.Random, time_ns: int) -> tuple[str, tuple[object, ...]
 
 def _without_times(tree: dict[bytes, Item]) -> dict[bytes, tuple[object, ...]]:
     # Directories and files that were changed have the time of the change, which differs.
-    return {path: (item.mode, item.size_bytes, item.content, item.links, item.attributes) for path, item in tree.items()}
+    return {
+        path: (item.mode, item.size_bytes, item.content, item.links, item.attributes) for path, item in tree.items()
+    }
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -22,7 +22,7 @@ from boto3.session import Session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-ACCESS_KEY: Final = "castore-tests"
+ACCESS_KEY: Final = "a-key-id-that-occurs-nowhere-else"
 SECRET_KEY: Final = "a-secret-that-occurs-nowhere-else"
 """Of a server on loopback that lives as long as the tests: no secret of anybody."""
 

@@ -85,7 +85,7 @@ class S3Client:
     async def close(self) -> None:
         await self._stack.aclose()
 
-    async def call(self, what: str, operation: str, params: dict[str, Any], body: bytes | None = None) -> Any:
+    async def call(self, what: str, operation: str, params: dict[str, Any], body: io.BytesIO | None = None) -> Any:
         """The answer to one request in the bucket. Raises ObjectMissing only when the bucket is there."""
         try:
             return await self._request(operation, params, body)
@@ -117,7 +117,7 @@ class S3Client:
             raise storage_error(exc, self._settings, what) from exc
         return True
 
-    async def _request(self, operation: str, params: dict[str, Any], body: bytes | None = None) -> Any:
+    async def _request(self, operation: str, params: dict[str, Any], body: io.BytesIO | None = None) -> Any:
         try:
             return await self._send(operation, params, body)
         except ClientError as exc:
@@ -125,10 +125,11 @@ class S3Client:
                 raise
         return await self._send(operation, params, body)  # with those that came while it was under way
 
-    async def _send(self, operation: str, params: dict[str, Any], body: bytes | None) -> Any:
+    async def _send(self, operation: str, params: dict[str, Any], body: io.BytesIO | None) -> Any:
         arguments = {"Bucket": self._settings.bucket, **params}
         if body is not None:
-            arguments["Body"] = io.BytesIO(body)
+            body.seek(0)
+            arguments["Body"] = body
         return await getattr(self._client, operation)(**arguments)
 
     async def _what_is_missing(self, what: str, missing: ObjectMissing) -> StorageError:
@@ -180,8 +181,11 @@ class S3Client:
 def _ask_first_for_large_bodies(params: dict[str, Any], **_: Any) -> None:
     """A handler of the client library, which by itself asks before any body."""
     body = params["body"]
-    if isinstance(body, io.BytesIO) and body.getbuffer().nbytes <= _SMALL_BODY_BYTES:
-        params["headers"].pop("Expect", None)
+    if isinstance(body, io.BytesIO):
+        size = body.seek(0, io.SEEK_END)  # `getbuffer` would copy it
+        body.seek(0)
+        if size <= _SMALL_BODY_BYTES:
+            params["headers"].pop("Expect", None)
 
 
 class _ReferencedCredentials:

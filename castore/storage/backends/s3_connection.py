@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,12 +26,12 @@ class S3Connection:
         self._opening = trio.Lock()
         self._client: S3Client | None = None
 
-    async def call(self, what: str, operation: str, body: bytes | None = None, **params: Any) -> Any:
+    async def call(self, what: str, operation: str, body: io.BytesIO | None = None, **params: Any) -> Any:
         """The server's answer, with the names of the S3 API. `what` is what it is about, for the text of an error."""
         client = self._client or await self._open()
         return await self._thread.run(client.call, what, operation, params, body)
 
-    async def write(self, what: str, operation: str, body: bytes | None = None, **params: Any) -> Any:
+    async def write(self, what: str, operation: str, body: io.BytesIO | None = None, **params: Any) -> Any:
         """The same for requests that store something, for which no object can be missing.
 
         (Ceph answers 404 for a body that ended early.)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import threading
 from base64 import b64encode
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import trio
 
 from castore.digest import Digest
 from castore.errors import SourceChanged
+from castore.storage.source import CHUNK_BYTES
 from castore.storage.spi import Source
 
 MAX_PARTS: Final = 10_000
@@ -32,14 +34,38 @@ def part_sizes(size_bytes: int, chunk_bytes: int) -> Iterator[int]:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Part:
-    """Bytes to send, and their MD5."""
+    """Bytes to send, the whole of `stream`, and their MD5."""
 
-    data: bytes
+    stream: io.BytesIO
     md5: bytes
 
     @property
     def md5_base64(self) -> str:
         return b64encode(self.md5).decode()
+
+
+class Buffers:
+    """A bound on the parts in memory, and their memory, which is used again and again while any part is under way.
+
+    Fresh memory for each part would cost as much again: what threads free, the allocator keeps for these threads.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._free = trio.Semaphore(count, max_value=count)
+        self._idle: list[io.BytesIO] = []
+
+    async def take(self) -> io.BytesIO:
+        """A stream for a part, of any length and content, as soon as there is one."""
+        await self._free.acquire()
+        return self._idle.pop() if self._idle else io.BytesIO()
+
+    def give_back(self, stream: io.BytesIO | None) -> None:
+        """Nobody uses the stream that was taken any more. None: it is lost to a thread that may still write to it."""
+        self._free.release()
+        if stream is not None:
+            self._idle.append(stream)
+        if self._free.value == self._free.max_value:
+            self._idle.clear()
 
 
 class PartReader:
@@ -52,18 +78,25 @@ class PartReader:
         self._digest = digest
         self._source = source
         self._limiter = limiter
-        self._left = source.size_bytes
+        self._promised = source.size_bytes
+        self._left = self._promised
         self._reader: BinaryIO | None = None
         self._busy = threading.Lock()
         self._closed = False
 
-    async def read(self, size_bytes: int) -> Part:
+    async def read(self, size_bytes: int, stream: io.BytesIO) -> Part:
         """The next `size_bytes`, which have to be there. With the last of them it proves that there are no more.
 
-        Raises SourceChanged when there are fewer or more, when the source cannot be read, and when it says so itself.
+        They replace what is in the stream, which must not be used again when this raises. Raises SourceChanged when
+        there are fewer or more, when the source cannot be read, and when it says so itself.
         """
         return await trio.to_thread.run_sync(
-            self._read, size_bytes, abandon_on_cancel=True, limiter=self._limiter, thread_name="castore source"
+            self._read,
+            size_bytes,
+            stream,
+            abandon_on_cancel=True,
+            limiter=self._limiter,
+            thread_name="castore source",
         )
 
     def close(self) -> None:
@@ -71,32 +104,40 @@ class PartReader:
         self._closed = True
         self._close_if_idle()
 
-    def _read(self, size_bytes: int) -> Part:
+    def _read(self, size_bytes: int, stream: io.BytesIO) -> Part:
         try:
             with self._busy:
                 if self._closed:
                     raise SourceChanged(f"source of {self._digest}: no longer wanted")
-                data = self._read_exactly(size_bytes)
+                return self._fill(size_bytes, stream)
+        except OSError as exc:
+            raise SourceChanged(f"source of {self._digest} cannot be read: {exc}") from exc
         finally:
             if self._closed:
                 self._close_if_idle()
-        return Part(data, hashlib.md5(data, usedforsecurity=False).digest())
 
-    def _read_exactly(self, size_bytes: int) -> bytes:
-        try:
-            if self._reader is None:
-                self._reader = self._source.open()
-            data = self._reader.read(size_bytes) if size_bytes else b""
-            self._left -= len(data)
-            more = self._reader.read(1) if not self._left else b""
-        except OSError as exc:
-            raise SourceChanged(f"source of {self._digest} cannot be read: {exc}") from exc
-        promised = self._source.size_bytes
-        if len(data) < size_bytes:
-            raise SourceChanged(f"source of {self._digest}: ends {self._left} bytes before the {promised} promised")
-        if more:
-            raise SourceChanged(f"source of {self._digest}: more than the {promised} bytes promised")
-        return data
+    def _fill(self, size_bytes: int, stream: io.BytesIO) -> Part:
+        if self._reader is None:
+            self._reader = self._source.open()
+        if stream.seek(0, io.SEEK_END) < size_bytes:  # at once to its size, instead of growing step by step
+            stream.seek(size_bytes - 1)
+            stream.write(b"\0")
+        stream.truncate(size_bytes)
+        stream.seek(0)
+        md5 = hashlib.md5(usedforsecurity=False)
+        end = self._left - size_bytes
+        while self._left > end:
+            chunk = self._reader.read(min(CHUNK_BYTES, self._left - end))
+            if not chunk:
+                raise SourceChanged(
+                    f"source of {self._digest}: ends {self._left} bytes before the {self._promised} promised"
+                )
+            md5.update(chunk)
+            stream.write(chunk)
+            self._left -= len(chunk)
+        if not end and self._reader.read(1):
+            raise SourceChanged(f"source of {self._digest}: more than the {self._promised} bytes promised")
+        return Part(stream, md5.digest())
 
     def _close_if_idle(self) -> None:
         # Whoever ends last closes: the reading thread looks at `_closed` after it is no longer busy, and `close` sets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from contextlib import suppress
 from typing import Any, Final
@@ -13,14 +14,14 @@ from castore.config_backends import S3Settings
 from castore.digest import Digest
 from castore.errors import ObjectMissing, StorageError, StorageUnavailable
 from castore.storage.backends.s3_connection import S3Connection
-from castore.storage.backends.s3_parts import Part, PartReader, part_sizes
+from castore.storage.backends.s3_parts import Buffers, Part, PartReader, part_sizes
 from castore.storage.spi import Source
 
 PARTS_IN_FLIGHT: Final = 4
 """Parts, or whole bodies, that a backend holds in memory at a time, so 64 MiB with the default settings. On loopback
 more gain nothing; on a long way 4 parts of 16 MiB fill 500 Mbit/s at a second for each."""
 SMALL_BODY_BYTES: Final = 1 << 20
-"""Bodies up to this do not count: the bound on puts at a time bounds them well enough."""
+"""Bodies up to this do not count: the bound on puts at a time bounds them, too."""
 SOURCE_THREADS: Final = 8
 """Threads that read sources: one for each put at a time. A disk that hangs costs no more than these."""
 ABORT_S: Final = 5.0
@@ -41,7 +42,7 @@ class Uploads:
         self._attributes: dict[str, Any] = {"StorageClass": settings.storage_class}
         if settings.sse is not None:
             self._attributes["ServerSideEncryption"] = settings.sse
-        self._parts = trio.Semaphore(PARTS_IN_FLIGHT)
+        self._buffers = Buffers(PARTS_IN_FLIGHT)
         self._threads = trio.CapacityLimiter(SOURCE_THREADS)
 
     async def put(self, digest: Digest, source: Source, key: str) -> None:
@@ -57,18 +58,29 @@ class Uploads:
             reader.close()
 
     async def _put_whole(self, what: str, key: str, reader: PartReader, size: int) -> None:
-        counted = size > SMALL_BODY_BYTES
-        if counted:
-            await self._parts.acquire()
+        if size <= SMALL_BODY_BYTES:
+            await self._send_whole(what, key, await reader.read(size, io.BytesIO()), size)
+            return
+        part = await self._next_part(reader, size)
         try:
-            part = await reader.read(size)
-            answer = await self._send(what, "put_object", part, Key=key, **self._attributes)
-            # The MD5 of what arrived is proof enough; asking again would double the cost of a small put.
-            if not self._proves(what, answer, _MD5_ETAG, part.md5.hex()):
-                await self._prove(what, key, size, _MD5_ETAG, part.md5.hex())
+            await self._send_whole(what, key, part, size)
         finally:
-            if counted:
-                self._parts.release()
+            self._buffers.give_back(part.stream)
+
+    async def _send_whole(self, what: str, key: str, part: Part, size: int) -> None:
+        answer = await self._send(what, "put_object", part, Key=key, **self._attributes)
+        # The MD5 of what arrived is proof enough; asking again would double the cost of a small put.
+        if not self._proves(what, answer, _MD5_ETAG, part.md5.hex()):
+            await self._prove(what, key, size, _MD5_ETAG, part.md5.hex())
+
+    async def _next_part(self, reader: PartReader, size: int) -> Part:
+        """Read into a buffer, which the caller gives back."""
+        stream = await self._buffers.take()
+        try:
+            return await reader.read(size, stream)
+        except BaseException:
+            self._buffers.give_back(None)
+            raise
 
     async def _put_parts(self, what: str, key: str, reader: PartReader, size: int) -> None:
         upload = await self._connection.write(what, "create_multipart_upload", Key=key, **self._attributes)
@@ -101,29 +113,24 @@ class Uploads:
                 failures.append(exc)
                 nursery.cancel_scope.cancel()
             finally:
-                self._parts.release()
+                self._buffers.give_back(part.stream)
 
         async with trio.open_nursery() as nursery:
             for number, part_bytes in enumerate(part_sizes(size, self._chunk_bytes), 1):
-                await self._parts.acquire()
                 try:
-                    part = await reader.read(part_bytes)
-                except BaseException as exc:
-                    self._parts.release()
-                    if not isinstance(exc, StorageError):
-                        raise
+                    part = await self._next_part(reader, part_bytes)
+                except StorageError as exc:
                     failures.append(exc)
                     nursery.cancel_scope.cancel()
                     break
                 nursery.start_soon(send, number, part)
-                del part
         if failures:
             raise failures[0]
         return sent
 
     async def _send(self, what: str, operation: str, part: Part, **params: Any) -> Any:
         # The one checksum that every server checks; `x-amz-checksum-*` is accepted and ignored by some (Ceph).
-        return await self._connection.write(what, operation, part.data, ContentMD5=part.md5_base64, **params)
+        return await self._connection.write(what, operation, part.stream, ContentMD5=part.md5_base64, **params)
 
     async def _prove(self, what: str, key: str, size: int, form: re.Pattern[str], etag: str) -> None:
         """Ask what is stored now: its size must be right, and its ETag where that is made from MD5s."""

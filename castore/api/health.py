@@ -1,0 +1,234 @@
+"""The health document: what the catalog, the backends and the queue say together. It changes nothing.
+
+Its form is that of `application/health+json` (draft-inadarei-api-health-check-06). The rules:
+
+- fail: a blob of a published package has no good location, or none that can be reached; a backend that cannot be
+  reached is the only one that some package was published to; the catalog has locations in a backend that is not
+  configured; the catalog cannot be read.
+- warn: other failed locations, other backends that cannot be reached; a location that was neither verified nor stored
+  for VERIFY_WITHIN_DAYS; staging nearly full; puts that failed; whatever the backends warn of.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from castore import __version__
+from castore.api.probes import BackendProbes, Probe
+from castore.catalog.condition import ConditionReader, FailedLocations
+from castore.errors import StateError
+
+if TYPE_CHECKING:
+    from castore.ingest.service import Ingest
+
+VERIFY_WITHIN_DAYS: Final = 30
+"""A monthly scrub is what people run; rot that is older than backups is not mended."""
+STAGING_NEARLY_FULL: Final = 0.9
+"""Part of `ingest.staging_max_bytes`: leaves time to react before writers meet `no space left on device`."""
+ANSWER_SECONDS: Final = 1.0
+"""A document this young is given again."""
+
+_DAY_NS: Final = 86_400 * 10**9
+_WORST: Final = ("pass", "warn", "fail")
+
+MEDIA_TYPE: Final = "application/health+json"
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """What a writing mount has staged. `waiting_files` are not stored yet, `failed_files` could not be put lately."""
+
+    staged_bytes: int
+    staging_max_bytes: int
+    waiting_files: int
+    failed_files: int
+
+
+def queue_state(ingest: Ingest) -> QueueState:
+    """Of a writing daemon."""
+    files = {count.state: count.file_count for count in ingest.store.state_counts()}
+    return QueueState(
+        staged_bytes=ingest.files.staged_bytes,
+        staging_max_bytes=ingest.files.max_bytes,
+        waiting_files=sum(count for state, count in files.items() if state not in ("stored", "failed")),
+        failed_files=files.get("failed", 0),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    catalog_id: str
+    duration_ms: float
+    failed: FailedLocations
+    oldest_ns: dict[str, int]
+    unknown_backends: list[str]
+    sole_backends: frozenset[str]
+    sole_packages: tuple[str, ...]
+
+
+class HealthDocument:
+    """Makes the document. `queue` says what is staged, None when there is no ingest; `run` of `probes` must be running.
+
+    `notices` are further things to warn of, set by whoever knows them.
+    """
+
+    def __init__(
+        self, *, catalog_path: Path, probes: BackendProbes, queue: Callable[[], QueueState | None] = lambda: None
+    ) -> None:
+        self.notices: list[str] = []
+        self._catalog_path = catalog_path
+        self._probes = probes
+        self._queue = queue
+        self._turn = trio.Lock()
+        self._made: tuple[float, dict[str, Any]] | None = None
+
+    async def make(self) -> dict[str, Any]:
+        """The document, at most ANSWER_SECONDS old. Answers within seconds, whatever the backends do."""
+        async with self._turn:
+            if self._made is None or trio.current_time() - self._made[0] > ANSWER_SECONDS:
+                document = await self._make()
+                self._made = trio.current_time(), document
+            return self._made[1]
+
+    async def _make(self) -> dict[str, Any]:
+        probes = await self._probes.latest()
+        reachable = frozenset(backend_id for backend_id, probe in probes.items() if probe.health.status != "fail")
+        checks: dict[str, list[dict[str, Any]]] = {}
+        facts: _Facts | None = None
+        try:
+            facts = await trio.to_thread.run_sync(_look, self._catalog_path, frozenset(probes), reachable)
+            checks["catalog:responseTime"] = [_check("pass", facts.duration_ms, "ms", componentType="datastore")]
+        except StateError as exc:
+            checks["catalog:responseTime"] = [_check("fail", output=str(exc), componentType="datastore")]
+        checks["backend:responseTime"] = [
+            _backend_check(backend_id, probe, facts) for backend_id, probe in probes.items()
+        ]
+        if facts is not None:
+            checks["backend:responseTime"] += [_unknown_backend_check(name) for name in facts.unknown_backends]
+            checks["backend:verificationAge"] = [_age_check(*item) for item in facts.oldest_ns.items()]
+            checks["locations:failed"] = [_failed_check(facts.failed)]
+            checks["blobs:unreadable"] = [_unreadable_check(facts.failed)]
+        queue = self._queue()
+        if queue is not None:
+            checks["staging:utilization"] = [_staging_check(queue)]
+            checks["queue:waiting"] = [_check("pass", queue.waiting_files, "files")]
+            checks["queue:failed"] = [_queue_check(queue)]
+        if self.notices:
+            checks["service:notices"] = [_check("warn", output=notice) for notice in self.notices]
+        document: dict[str, Any] = {
+            "status": _worst(check["status"] for group in checks.values() for check in group),
+            "version": __version__,
+            "description": "castore: a content-addressed file system for published packages",
+            "checks": checks,
+        }
+        return document | ({"serviceId": facts.catalog_id} if facts else {})
+
+
+def _look(path: Path, configured: frozenset[str], reachable: frozenset[str]) -> _Facts:
+    """Ask the catalog, on a connection of its own. Raises StateError."""
+    started = time.perf_counter()
+    with ConditionReader(path) as reader:
+        known = reader.backend_ids()
+        unreachable = (known | configured) - reachable
+        alone: dict[str, frozenset[str]] = {}
+        if unreachable:
+            alone = reader.sole_in(unreachable)
+        return _Facts(
+            catalog_id=reader.catalog_id(),
+            failed=reader.failed_locations(reachable),
+            oldest_ns={backend_id: reader.oldest_proof_ns(backend_id) for backend_id in sorted(known)},
+            unknown_backends=sorted(known - configured),
+            sole_backends=frozenset().union(*alone.values()),
+            sole_packages=tuple(sorted(alone)),
+            duration_ms=round((time.perf_counter() - started) * 1000, 1),
+        )
+
+
+def _check(status: str, value: Any = None, unit: str = "", *, output: str = "", **more: Any) -> dict[str, Any]:
+    """One check; the draft wants `output` left out when all is well."""
+    check = {"status": status, "time": _iso(time.time_ns()), **more}
+    if value is not None:
+        check |= {"observedValue": value, "observedUnit": unit}
+    return check | ({"output": output} if output else {})
+
+
+def _backend_check(backend_id: str, probe: Probe, facts: _Facts | None) -> dict[str, Any]:
+    health = probe.health
+    status: str = health.status
+    output = "" if status == "pass" else health.detail
+    more: dict[str, Any] = {}
+    if status == "fail" and facts is not None:
+        if backend_id in facts.sole_backends:
+            output += "; some packages are stored nowhere else"
+            more["packages"] = list(facts.sole_packages)
+        else:
+            status = "warn"
+            output += "; no package is stored there alone"
+    check = _check(status, probe.duration_ms, "ms", output=output, componentId=backend_id, componentType="datastore")
+    return check | more | {"time": _iso(probe.time_ns)}
+
+
+def _unknown_backend_check(backend_id: str) -> dict[str, Any]:
+    output = "the catalog has locations there, but the configuration has no such backend"
+    return _check("fail", output=output, componentId=backend_id, componentType="datastore")
+
+
+def _age_check(backend_id: str, oldest_ns: int) -> dict[str, Any]:
+    age_days = max(0, time.time_ns() - oldest_ns) / _DAY_NS if oldest_ns else 0
+    late = age_days > VERIFY_WITHIN_DAYS
+    return _check(
+        "warn" if late else "pass",
+        round(age_days, 2),
+        "days",
+        output=f"some object was last verified or stored over {VERIFY_WITHIN_DAYS} days ago: "
+        f"run `castore storage verify --backend {backend_id}`"
+        if late
+        else "",
+        componentId=backend_id,
+        componentType="datastore",
+    )
+
+
+def _failed_check(failed: FailedLocations) -> dict[str, Any]:
+    output = "`castore storage verify` names them and their paths" if failed.count else ""
+    status = "warn" if failed.count else "pass"
+    return _check(status, failed.count, "locations", output=output, packages=list(failed.packages))
+
+
+def _unreadable_check(failed: FailedLocations) -> dict[str, Any]:
+    count = failed.lost_count + failed.cut_off_count
+    said = []
+    if failed.lost_count:
+        said.append(f"{failed.lost_count} have no good location anywhere")
+    if failed.cut_off_count:
+        said.append(f"{failed.cut_off_count} have one only in a backend that cannot be reached")
+    return _check(
+        "fail" if count else "pass", count, "blobs", output="; ".join(said), packages=list(failed.lost_packages)
+    )
+
+
+def _staging_check(queue: QueueState) -> dict[str, Any]:
+    part = queue.staged_bytes / queue.staging_max_bytes
+    full = part >= STAGING_NEARLY_FULL
+    output = f"{queue.staged_bytes} of {queue.staging_max_bytes} bytes are staged" if full else ""
+    return _check("warn" if full else "pass", round(part * 100, 1), "percent", output=output)
+
+
+def _queue_check(queue: QueueState) -> dict[str, Any]:
+    output = "puts of staged files failed, and are tried again: see `castore status`" if queue.failed_files else ""
+    return _check("warn" if queue.failed_files else "pass", queue.failed_files, "files", output=output)
+
+
+def _worst(statuses: Iterable[str]) -> str:
+    return max(statuses, key=_WORST.index, default="pass")
+
+
+def _iso(time_ns: int) -> str:
+    return datetime.fromtimestamp(time_ns // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
