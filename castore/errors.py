@@ -38,7 +38,7 @@
         ├── StorageTimeout    (t)   no answer within the deadline
         └── StorageUnavailable (t)  cannot be reached, or fails for now
 
-(t) marks the temporary ones: the same call may succeed later, and only these are ever retried.
+(t) marks the temporary ones: the same call may succeed later, and only these are retried without being asked.
 """
 
 from __future__ import annotations

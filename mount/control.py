@@ -30,9 +30,7 @@ class ControlTree:
     def attributes(self, inode: int) -> pyfuse3.EntryAttributes:
         """Attributes of the directory or of a document."""
         mode = stat.S_IFDIR | 0o700 if inode == CONTROL else stat.S_IFREG | 0o400
-        return make(
-            inode, mode, uid=os.getuid(), gid=os.getgid(), mtime_ns=time.time_ns(), seconds=CHANGING_SECONDS
-        )
+        return make(inode, mode, uid=os.getuid(), gid=os.getgid(), mtime_ns=time.time_ns(), seconds=CHANGING_SECONDS)
 
     def lookup(self, parent: int, name: bytes) -> pyfuse3.EntryAttributes:
         """Attributes of a name, or the answer that it is absent."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import resource
 import signal
 import time
 from dataclasses import asdict
@@ -101,6 +102,9 @@ class Daemon:
 
     def run(self, on_ready: Any) -> int:
         """Mount, call `on_ready`, serve until the end; returns the exit code."""
+        # Each open file of ingest/ takes a descriptor here; what the system allows at most is for its users to use.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         trio.run(self._run, on_ready, strict_exception_groups=True)
         return 0
 

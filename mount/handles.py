@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from castore.blobs.open_blob import OpenBlob
 from castore.errors import NotOpen
-from castore.ingest.files import StagedFile
+from castore.ingest.staged_file import StagedFile
 
 
 @dataclass(frozen=True, slots=True)

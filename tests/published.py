@@ -1,4 +1,4 @@
-"""A catalog and real backends with packages in them, made without a mount. For tests of what looks at stored packages."""
+"""A catalog and real backends with packages in them, made without a mount. Not a model: what lies there is real."""
 
 from __future__ import annotations
 

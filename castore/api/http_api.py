@@ -1,9 +1,9 @@
 """The HTTP API: which path is answered with which document. Nothing here changes anything.
 
-    GET /health      the health document; 503 when it says fail
-    GET /livez       200 as long as the program answers
-    GET /readyz      200 when the catalog can be read, whatever the backends do
-    GET /v1/events   events as a CloudEvents batch: ?since=SEQ_OR_TIME &limit=N &type=TYPE &wait=SECONDS
+- /health: the health document; 503 when it says fail
+- /livez: 200 as long as the program answers
+- /readyz: 200 when the catalog can be read, whatever the backends do
+- /v1/events?since=SEQ_OR_TIME&limit=N&type=TYPE&wait=SECONDS: events as a CloudEvents batch
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ def _check_version(database: Database, path: Path, newest: int) -> None:
         raise CatalogTooNew(
             f"{path}: has format version {version}, this castore knows up to {newest}; use the newer castore"
         )
-    if version == 0:
-        raise StateError(f"{path}: is not finished; run `castore init`")
+    if version < newest:
+        raise StateError(f"{path}: is not finished, or of an older castore; run `castore init` to bring it up to date")
 
 
 def open_reader(path: Path) -> Database:

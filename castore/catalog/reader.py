@@ -155,9 +155,7 @@ class CatalogReader:
 
     def blob_by_digest(self, digest: Digest) -> Blob | None:
         """A blob with its block checksums."""
-        row = self._one(
-            f"SELECT {_BLOB} FROM blobs WHERE digest = ? AND algorithm = ?", digest.raw, digest.algorithm
-        )
+        row = self._one(f"SELECT {_BLOB} FROM blobs WHERE digest = ? AND algorithm = ?", digest.raw, digest.algorithm)
         return None if row is None else _blob(row)
 
     def blob_digest(self, blob_id: int) -> tuple[Digest, int] | None:

@@ -157,6 +157,7 @@ _WORKSPACE_1: Final = (
         mode INTEGER NOT NULL,                -- permission bits
         uid INTEGER NOT NULL,
         gid INTEGER NOT NULL,
+        creator_uid INTEGER NOT NULL,         -- who made it, whatever chown did since
         mtime_ns INTEGER NOT NULL,
         ctime_ns INTEGER NOT NULL,
         size_bytes INTEGER NOT NULL,          -- of a file: as of its last close
@@ -197,11 +198,12 @@ _WORKSPACE_1: Final = (
     ) WITHOUT ROWID""",
     # A publish under way: what a restart needs to finish or undo it.
     """CREATE TABLE publishing (
-        version_inode INTEGER PRIMARY KEY,
+        version_inode INTEGER NOT NULL,
         name TEXT NOT NULL,                   -- the NAME/VERSION to be
         version TEXT NOT NULL,
-        manifest BLOB NOT NULL                -- raw digest of the manifest object that may have been put
-    )""",
+        manifest BLOB NOT NULL,               -- raw digest of the manifest object that may have been put
+        PRIMARY KEY (version_inode, manifest)
+    ) WITHOUT ROWID""",
 )
 
 

@@ -18,7 +18,10 @@ from castore.catalog.connection import executor, open_reader, open_writer
 from castore.catalog.records import Kind
 from castore.digest import BlobSummary, Digest
 
-_NODE: Final = "nodes.inode, version_inode, kind, mode, uid, gid, mtime_ns, ctime_ns, size_bytes, nlink, target, state"
+_NODE: Final = (
+    "nodes.inode, version_inode, kind, mode, uid, gid, creator_uid, mtime_ns, ctime_ns, size_bytes, nlink, "
+    "target, state"
+)
 NODES_KEPT: Final = 16_384
 """Nodes that are kept in memory, some 8 MB: a copy of many small files asks for each of its directories and files over
 and over, and each answer of SQLite costs four system calls for its locks."""
@@ -36,6 +39,7 @@ class Node:
     mode: int
     uid: int
     gid: int
+    creator_uid: int
     mtime_ns: int
     ctime_ns: int
     size_bytes: int
@@ -273,7 +277,7 @@ class WorkspaceStore:
     def insert_node(self, node: Node) -> None:
         """Add a node without names."""
         self._execute(
-            "INSERT INTO nodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '', '', x'', 0, '', x'')",
+            "INSERT INTO nodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '', '', x'', 0, '', x'')",
             (
                 node.inode,
                 node.version_inode,
@@ -281,6 +285,7 @@ class WorkspaceStore:
                 node.mode,
                 node.uid,
                 node.gid,
+                node.creator_uid,
                 node.mtime_ns,
                 node.ctime_ns,
                 node.size_bytes,
@@ -331,6 +336,17 @@ class WorkspaceStore:
         parameters = (state,) if version_inode is None else (state, version_inode)
         cursor = self._execute(
             f"UPDATE nodes SET state = 'staged', error = '' WHERE state = ? AND algorithm <> '' {where}", parameters
+        )
+        return int(cursor.rowcount)
+
+    def restage_temporary(self, names: tuple[str, ...]) -> int:
+        """As `restage`, for files whose error is of one of these classes."""
+        self._nodes.clear()
+        marks = ", ".join("?" * len(names))
+        cursor = self._execute(
+            "UPDATE nodes SET state = 'staged', error = '' WHERE state = 'failed' AND algorithm <> '' "
+            f"AND substr(error, 1, instr(error, ':') - 1) IN ({marks})",
+            names,
         )
         return int(cursor.rowcount)
 
@@ -400,13 +416,13 @@ class WorkspaceStore:
     def begin_publishing(self, publishing: Publishing) -> None:
         """Note a publish before anything of it can be seen."""
         self._execute(
-            "INSERT OR REPLACE INTO publishing VALUES (?, ?, ?, ?)",
+            "INSERT INTO publishing VALUES (?, ?, ?, ?)",
             (publishing.version_inode, publishing.name, publishing.version, publishing.manifest),
         )
 
-    def end_publishing(self, version_inode: int) -> None:
-        """The publish is done or undone."""
-        self._execute("DELETE FROM publishing WHERE version_inode = ?", (version_inode,))
+    def end_publishing(self, version_inode: int, manifest: bytes) -> None:
+        """That publish is done or undone."""
+        self._execute("DELETE FROM publishing WHERE version_inode = ? AND manifest = ?", (version_inode, manifest))
 
     def publishings(self) -> list[Publishing]:
         """What was under way when the last daemon ended."""

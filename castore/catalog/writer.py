@@ -164,9 +164,13 @@ class Transaction:
         row = self._execute("SELECT 1 FROM packages WHERE name = ? AND version = ?", (name, version)).fetchone()
         return row is not None
 
-    def root_exists(self, root_id: int) -> bool:
-        """Whether a published package has that root."""
-        return self._execute("SELECT 1 FROM packages WHERE root_id = ?", (root_id,)).fetchone() is not None
+    def is_published(self, root_id: int, manifest: bytes) -> bool:
+        """Whether a package with that root was published by that manifest (raw digest)."""
+        row = self._execute(
+            "SELECT 1 FROM packages JOIN blobs ON blob_id = manifest_blob_id WHERE root_id = ? AND digest = ?",
+            (root_id, manifest),
+        ).fetchone()
+        return row is not None
 
     def add_package_name(
         self, name: str, *, inode: int, latest_inode: int, uid: int, gid: int, mode: int, now_ns: int, version: str

@@ -66,9 +66,7 @@ def _read(reader: EventReader, start: Start, event_type: str, follow: bool) -> I
         if reader.has_news():
             found = None
             while found is None or len(found) == _PAGE_EVENTS:
-                found, after = reader.events_after(
-                    after, _PAGE_EVENTS, event_type=event_type, since_ns=start.since_ns
-                )
+                found, after = reader.events_after(after, _PAGE_EVENTS, event_type=event_type, since_ns=start.since_ns)
                 yield from found
         if not follow:
             return

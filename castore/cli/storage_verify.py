@@ -253,9 +253,7 @@ class _Run:
         for backend_id, error in tally.stopped.items():
             print(f"castore: error: backend {printable(backend_id)} is given up: {printable(error)}", file=sys.stderr)
         if self._interrupted:
-            print(
-                f"castore: interrupted: what was found of {tally.done_count} locations is recorded", file=sys.stderr
-            )
+            print(f"castore: interrupted: what was found of {tally.done_count} locations is recorded", file=sys.stderr)
 
     def _summary(self, seconds: float) -> dict[str, Any]:
         tally = self._tally

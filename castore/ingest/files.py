@@ -8,74 +8,28 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
 from castore.catalog.workspace import Node, WorkspaceStore
 from castore.digest import BlobHasher, BlobSummary
-from castore.errors import NotOpen, ReadOnly, StagingFull
-from castore.ingest.hashing import INLINE_BYTES, HashQueue, PutJob, hash_file
+from castore.errors import NotOpen, ReadOnly
+from castore.ingest.hashing import INLINE_BYTES, HashQueue, hash_file
 from castore.ingest.pulse import Signal
+from castore.ingest.room import StagingRoom
+from castore.ingest.staged_file import StagedFile
 
 
-class StagedFile:
-    """One inode that is open, or whose digest is being computed. All its handles share it."""
+@dataclass(slots=True)
+class _Watched:
+    """How often a file changed since the first of its watchers came, and how many they are."""
 
-    __slots__ = (
-        "_changes",
-        "descriptor",
-        "handles",
-        "hash_end",
-        "hasher",
-        "inode",
-        "is_dirty",
-        "is_flushed",
-        "is_published",
-        "mtime_ns",
-        "path",
-        "pending",
-        "size_bytes",
-        "uid",
-        "version_inode",
-        "writers",
-    )
-
-    def __init__(self, node: Node, path: Path, descriptor: int) -> None:
-        self.inode = node.inode
-        self.version_inode = node.version_inode
-        self.uid = node.uid
-        self.path = path
-        self.descriptor = descriptor
-        self.size_bytes = node.size_bytes
-        self.mtime_ns = node.mtime_ns
-        self.is_dirty = node.state == "receiving"
-        self.is_flushed = False
-        self.is_published = False
-        self.handles = 0
-        self.writers = 0
-        self.pending = 0
-        """Hashing jobs of this file that are queued."""
-        self.hasher: BlobHasher | None = None
-        """Set while every byte so far came front to back."""
-        self.hash_end = 0
-        self._changes = 0
-
-    def set_mtime(self, mtime_ns: int) -> None:
-        """The user set the time, or read what we say that it is: a recovery takes it from the staged file."""
-        self.mtime_ns = mtime_ns
-        os.utime(self.descriptor, ns=(mtime_ns, mtime_ns))
-
-    @property
-    def changes(self) -> int:
-        """Counts the changes of the bytes: a digest is good only for the count it was begun with."""
-        return self._changes
-
-    def changed(self) -> None:
-        """The bytes are about to change."""
-        self._changes += 1
-        self.is_flushed = False
+    changes: int = 0
+    watchers: int = 0
 
 
 class StagedFiles:
@@ -94,12 +48,16 @@ class StagedFiles:
         self._store = store
         self.folder = folder
         self._hashes = hashes
-        self._max_bytes = max_bytes
-        self._max_bytes_per_user = max_bytes_per_user
         self._on_staged = on_staged
         self._open: dict[int, StagedFile] = {}
-        self._bytes_by_user = store.staged_bytes_by_user()
-        self.staged_bytes = sum(self._bytes_by_user.values())
+        self._closed: deque[int] = deque()
+        """Inodes whose bytes nobody writes any more and that have to be read for their digest; 8 bytes for each."""
+        self._has_closed = trio.Event()
+        self._watched: dict[int, _Watched] = {}
+        """Files that are being put."""
+        self.room = StagingRoom(
+            store.staged_bytes_by_user(), max_bytes=max_bytes, max_bytes_per_user=max_bytes_per_user
+        )
         self.released = Signal()
         """Pulsed whenever a writer is gone or a digest is there."""
 
@@ -125,9 +83,14 @@ class StagedFiles:
                 file.version_inode = node.version_inode
 
     @property
+    def staged_bytes(self) -> int:
+        """Bytes of all staged files."""
+        return self.room.staged_bytes
+
+    @property
     def max_bytes(self) -> int:
         """The bound on all staged bytes."""
-        return self._max_bytes
+        return self.room.max_bytes
 
     # recovery
 
@@ -140,13 +103,7 @@ class StagedFiles:
         finally:
             os.close(descriptor)
         self._store.update_node(node.inode, size_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
-        self.staged_bytes += status.st_size - node.size_bytes
-        self._bytes_by_user[node.uid] = self._bytes_by_user.get(node.uid, 0) + status.st_size - node.size_bytes
-
-    async def rehash(self, node: Node) -> None:
-        """Queue the digest of a file that nobody has open."""
-        if node.inode not in self._open:
-            await self.release(self.open(node, writable=True), writable=True)
+        self.room.take(node.uid, status.st_size - node.size_bytes)
 
     # handles
 
@@ -209,7 +166,8 @@ class StagedFiles:
     async def write(self, file: StagedFile, offset: int, data: bytes) -> int:
         """Write bytes; returns how many, fewer only when the disk is full. Raises StagingFull and OSError."""
         self._begin_change(file)
-        self._reserve(file, max(0, offset + len(data) - file.size_bytes))
+        # Counted before the bytes are there: a short write leaves the count too high until the file goes.
+        self.room.reserve(file.uid, max(0, offset + len(data) - file.size_bytes))
         written = _pwrite_all(file.descriptor, data, offset)
         end = offset + written
         if end > file.size_bytes:
@@ -227,7 +185,7 @@ class StagedFiles:
     def truncate(self, file: StagedFile, size_bytes: int) -> None:
         """Cut or extend with zeros. Raises StagingFull and OSError."""
         self._begin_change(file)
-        self._reserve(file, size_bytes - file.size_bytes)
+        self.room.reserve(file.uid, size_bytes - file.size_bytes)
         os.ftruncate(file.descriptor, size_bytes)
         file.size_bytes = size_bytes
         file.mtime_ns = time.time_ns()
@@ -243,18 +201,9 @@ class StagedFiles:
             self._store.clear_summary(file.inode)
             file.is_dirty = True
             file.hasher = None
+        if file.inode in self._watched:
+            self._watched[file.inode].changes += 1
         file.changed()
-
-    def _reserve(self, file: StagedFile, grow: int) -> None:
-        by_user = self._bytes_by_user.get(file.uid, 0)
-        if grow > 0:
-            if self.staged_bytes + grow > self._max_bytes:
-                raise StagingFull(f"staging is full: ingest.staging_max_bytes is {self._max_bytes}")
-            if self._max_bytes_per_user and by_user + grow > self._max_bytes_per_user:
-                raise StagingFull(f"uid {file.uid} staged all of ingest.max_bytes_per_user {self._max_bytes_per_user}")
-        # Counted before the bytes are there; a short write leaves the count too high until the file goes.
-        self.staged_bytes += grow
-        self._bytes_by_user[file.uid] = by_user + grow
 
     async def _hash(self, file: StagedFile, hasher: BlobHasher, data: bytes) -> None:
         if not file.pending and len(data) <= INLINE_BYTES:
@@ -285,31 +234,68 @@ class StagedFiles:
         self._store.update_node(file.inode, size_bytes=file.size_bytes, mtime_ns=file.mtime_ns)
         file.set_mtime(file.mtime_ns)
         if hasher is not None:
-            await self._queue_summary(self._hashes.put, file, hasher.finish, changes)
+            await self._queue_summary(file, hasher, changes)
         elif rehash:
-            await self._queue_summary(self._hashes.put_whole, file, lambda: hash_file(file.descriptor), changes)
+            self.rehash(file.inode)
 
-    async def _queue_summary(
-        self, put: PutJob, file: StagedFile, work: Callable[[], BlobSummary], changes: int
-    ) -> None:
-        result: list[BlobSummary | OSError] = []
-
-        def run() -> None:
-            try:
-                result.append(work())
-            except OSError as exc:
-                result.append(exc)
+    async def _queue_summary(self, file: StagedFile, hasher: BlobHasher, changes: int) -> None:
+        """The digest is there once the chunks before it are hashed."""
+        result: list[BlobSummary] = []
 
         def done() -> None:
             file.pending -= 1
-            if isinstance(result[0], BlobSummary):
-                self._staged(file, result[0], changes)
-            else:
-                self._store.update_node(file.inode, state="failed", error=f"SourceChanged: cannot be read: {result[0].strerror}")
+            self._staged(file, result[0], changes)
             self._close_if_unused(file)
 
         file.pending += 1
-        await put(run, done)
+        await self._hashes.put(lambda: result.append(hasher.finish()), done)
+
+    def rehash(self, inode: int) -> None:
+        """Have the digest computed from the disk, unless someone begins to write before its turn."""
+        self._closed.append(inode)
+        self._has_closed.set()
+
+    async def run(self) -> None:
+        """Read closed files for their digests, one at a time, until cancelled."""
+        while True:
+            await self._has_closed.wait()
+            while self._closed:
+                await self._hash_closed(self._closed.popleft())
+            self._has_closed = trio.Event()
+
+    async def _hash_closed(self, inode: int) -> None:
+        node = self._store.node(inode)
+        if node is None or node.state != "receiving" or not node.nlink:
+            return
+        file = self.open(node, writable=False)
+        try:
+            if file.writers or not file.is_dirty:
+                return  # whoever writes it has it hashed in the end
+            changes = file.changes
+            self._staged(file, await trio.to_thread.run_sync(hash_file, file.descriptor), changes)
+        except OSError as exc:
+            self._store.update_node(inode, state="failed", error=f"SourceChanged: cannot be read: {exc.strerror}")
+            self.released.pulse()
+        finally:
+            await self.release(file, writable=False)
+
+    # puts
+
+    def watch(self, inode: int) -> int:
+        """From here on, count changes of the file's bytes; returns the count to compare with. Ends by `unwatch`."""
+        watched = self._watched.setdefault(inode, _Watched())
+        watched.watchers += 1
+        return watched.changes
+
+    def changed_since(self, inode: int, count: int) -> bool:
+        """Whether the bytes changed since `watch` returned that count, even if they were changed back."""
+        return self._watched[inode].changes != count
+
+    def unwatch(self, inode: int) -> None:
+        """One watcher less."""
+        self._watched[inode].watchers -= 1
+        if not self._watched[inode].watchers:
+            del self._watched[inode]
 
     def _staged(self, file: StagedFile, summary: BlobSummary, changes: int) -> None:
         if changes != file.changes or not file.is_dirty:
@@ -346,9 +332,8 @@ class StagedFiles:
 
     def change_owner(self, inode: int, old_uid: int, new_uid: int, size_bytes: int) -> None:
         """Count a file's bytes for another user."""
-        self._uncount(old_uid, size_bytes)
-        self.staged_bytes += size_bytes
-        self._bytes_by_user[new_uid] = self._bytes_by_user.get(new_uid, 0) + size_bytes
+        self.room.take(old_uid, -size_bytes)
+        self.room.take(new_uid, size_bytes)
         file = self._open.get(inode)
         if file is not None:
             file.uid = new_uid
@@ -356,7 +341,7 @@ class StagedFiles:
     def remove(self, inode: int, uid: int, size_bytes: int) -> None:
         """The last name is gone: remove the bytes."""
         self.path(inode).unlink(missing_ok=True)
-        self._uncount(uid, size_bytes)
+        self.room.take(uid, -size_bytes)
 
     def publish(self, nodes: Iterable[Node]) -> None:
         """These files are published: open handles can only read on, the staged bytes go."""
@@ -365,14 +350,6 @@ class StagedFiles:
             if file is not None:
                 file.is_published = True
             self.remove(node.inode, node.uid, node.size_bytes)
-
-    def _uncount(self, uid: int, size_bytes: int) -> None:
-        self.staged_bytes -= size_bytes
-        rest = self._bytes_by_user.get(uid, 0) - size_bytes
-        if rest > 0:
-            self._bytes_by_user[uid] = rest
-        else:
-            self._bytes_by_user.pop(uid, None)
 
     def close(self) -> None:
         """Close every descriptor; what is open stays dirty in the workspace, for recovery."""

@@ -1,10 +1,9 @@
-"""Hashing staged bytes behind the writer: bounded queues, a thread for each. It knows no files' names."""
+"""Hashing staged bytes behind the writer: one bounded queue, one thread at a time. It knows no files' names."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,49 +26,29 @@ class _Job:
     done: Callable[[], None]
 
 
-PutJob = Callable[[Callable[[], object], Callable[[], None]], Awaitable[None]]
-"""`put` or `put_whole`."""
-
-
 class HashQueue:
-    """Runs hashing jobs in order, in two lanes: a whole file may take minutes, and writers must not wait for it."""
+    """Runs hashing jobs in order. `put` waits while the queue is full, and so slows the writer down."""
 
     def __init__(self) -> None:
-        self._chunks = trio.open_memory_channel[_Job](QUEUE_CHUNKS)
-        # As many as there are files: a job is small, and nobody waits for its turn.
-        self._files = trio.open_memory_channel[_Job](math.inf)
+        self._send, self._receive = trio.open_memory_channel[_Job](QUEUE_CHUNKS)
+        self._limiter = trio.CapacityLimiter(1)
 
     async def run(self) -> None:
-        """Work until cancelled."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_run_lane, self._chunks[1], QUEUE_CHUNKS)
-            nursery.start_soon(_run_lane, self._files[1], 1)
+        """Work until cancelled. Jobs that wait together cost one hop to the thread."""
+        async for first in self._receive:
+            jobs = [first]
+            while len(jobs) < QUEUE_CHUNKS:
+                try:
+                    jobs.append(self._receive.receive_nowait())
+                except trio.WouldBlock:
+                    break
+            await trio.to_thread.run_sync(_run_all, jobs, limiter=self._limiter)
+            for job in jobs:
+                job.done()
 
     async def put(self, work: Callable[[], object], done: Callable[[], None]) -> None:
-        """Queue a chunk's `work` for the thread; `done` is called on the loop afterwards, in order.
-
-        Waits while the queue is full, and so slows the writer down.
-        """
-        await self._chunks[0].send(_Job(work, done))
-
-    async def put_whole(self, work: Callable[[], object], done: Callable[[], None]) -> None:
-        """As `put`, for a pass over a whole file: in order with its like only. Never waits."""
-        await self._files[0].send(_Job(work, done))
-
-
-async def _run_lane(receive: trio.MemoryReceiveChannel[_Job], together: int) -> None:
-    """Up to `together` jobs that wait cost one hop to the thread."""
-    limiter = trio.CapacityLimiter(1)
-    async for first in receive:
-        jobs = [first]
-        while len(jobs) < together:
-            try:
-                jobs.append(receive.receive_nowait())
-            except trio.WouldBlock:
-                break
-        await trio.to_thread.run_sync(_run_all, jobs, limiter=limiter)
-        for job in jobs:
-            job.done()
+        """Queue `work` for the thread; `done` is called on the loop afterwards, in order."""
+        await self._send.send(_Job(work, done))
 
 
 def _run_all(jobs: list[_Job]) -> None:

@@ -38,9 +38,9 @@ class LabelReader:
         producer = declared.get(PRODUCER)
         retention_class = declared.get(RETENTION_CLASS)
         return Labels(
-            producer=producer.decode() if producer else await self.login(node.uid),
+            producer=producer.decode() if producer else await self.login(node.creator_uid),
             retention_class=retention_class.decode() if retention_class else self._default_retention_class,
-            uid=node.uid,
+            uid=node.creator_uid,
         )
 
     async def login(self, uid: int) -> str:

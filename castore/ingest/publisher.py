@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Final
 import trio
 
 from castore.catalog.records import Kind
-from castore.catalog.workspace import Node, Publishing, WorkspaceStore
+from castore.catalog.workspace import Publishing, WorkspaceStore
 from castore.catalog.writer import CatalogWriter, Transaction
 from castore.digest import MANIFEST_ALGORITHM, BlobSummary, Digest
 from castore.errors import (
@@ -32,13 +32,12 @@ from castore.errors import (
     StorageError,
     from_text,
 )
-from castore.events import PACKAGE_PUBLISHED, Event
-from castore.ingest.files import StagedFile, StagedFiles
+from castore.ingest.draft import Draft, published_event, write_draft
+from castore.ingest.files import StagedFiles
 from castore.ingest.labels import LabelReader, Labels
-from castore.ingest.sums import check_sums
+from castore.ingest.staged_file import StagedFile
 from castore.ingest.tree import IngestTree
 from castore.ingest.uploader import Uploader
-from castore.registry.manifest import ManifestEntry, ManifestHeader, write_manifest
 from castore.registry.names import is_valid_version
 from castore.registry.routing import Route
 from castore.storage.source import FileSource
@@ -49,6 +48,8 @@ log = logging.getLogger(__name__)
 UNFINISHED: Final = ("staged", "uploading", "receiving")
 FORGET_BATCH: Final = 2000
 """Nodes forgotten in one go after a publish: about 20 ms of the loop."""
+MANIFEST_SECONDS: Final = 1.0
+"""What the manifest's put may take when all of `wait_seconds` went by before."""
 POLL_SECONDS: Final = 0.25
 """How often progress is reported while waiting."""
 
@@ -68,20 +69,6 @@ Report = Callable[[PublishProgress], Awaitable[None]]
 
 async def _silent(_: PublishProgress) -> None:
     return
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """What is decided when a version is frozen."""
-
-    version_inode: int
-    name: str
-    version: str
-    name_node: Node
-    root: Node
-    labels: Labels
-    route: Route
-    published_at_ns: int
 
 
 class Publisher:
@@ -135,7 +122,11 @@ class Publisher:
         """
         self._uploader.retry_now(version_inode)
         while self._tree.find(version_inode) is not None:
-            self._check_failed(version_inode)
+            try:
+                self._check_failed(version_inode)
+            except CastoreError as exc:
+                self._store.update_node(version_inode, error=str(exc))
+                raise
             if not self._unfinished(version_inode):
                 return
             await report(self.progress(version_inode))
@@ -143,11 +134,13 @@ class Publisher:
         raise NotFound("the version is gone from ingest/")
 
     def _unfinished(self, version_inode: int) -> bool:
-        found = self._store.any_in_state(version_inode, "staged", "uploading")
-        if found is not None:
+        if self._store.any_in_state(version_inode, "staged", "uploading") is not None:
             return True
-        # A receiving file that nobody writes is being hashed.
-        return any(file.is_dirty and not file.writers for file in self._files.open_in(version_inode))
+        # A receiving file that nobody writes is being hashed, or waits for that.
+        receiving = sum(
+            count.file_count for count in self._store.state_counts(version_inode) if count.state == "receiving"
+        )
+        return receiving > sum(file.is_dirty for file in self._writers(version_inode))
 
     def _check_failed(self, version_inode: int) -> None:
         failed = self._store.any_in_state(version_inode, "failed")
@@ -227,21 +220,17 @@ class Publisher:
         route = await self._uploader.route(version_inode)
         async with self._frozen(version_inode):
             draft = self._draft(version_inode, name, version, labels, route)
-            with trio.move_on_at(max(deadline, trio.current_time() + 1.0)) as putting:
-                manifest = await self._put_manifest(draft)
-            if putting.cancelled_caught:
-                await self._undo(version_inode, route)
-                raise PublishBusy("the package's manifest was not stored in time; try again")
             try:
+                manifest = await self._put_manifest(draft, max(deadline, trio.current_time() + MANIFEST_SECONDS))
                 await self._commit(draft, manifest)
             except BaseException:
                 with trio.CancelScope(shield=True):
-                    await self._undo(version_inode, route)
+                    await self._undo(draft)
                 raise
             self._tree.hand_over(version_inode)
         try:
             with trio.CancelScope(shield=True):
-                await self.forget(version_inode)
+                await self.forget(version_inode, manifest.digest.raw)
         except (CastoreError, OSError) as exc:
             # It is published all the same, and seen as such: what remains in staging goes at the next start.
             log.error("%s/%s is published, but its staging is not cleared: %s", name, version, exc)
@@ -269,73 +258,50 @@ class Publisher:
         finally:
             self._tree.thaw(version_inode)
 
-    def _draft(self, version_inode: int, name: str, version: str, labels: Labels, route: Route) -> _Draft:
-        parent = self._tree.parent(version_inode)
+    def _draft(self, version_inode: int, name: str, version: str, labels: Labels, route: Route) -> Draft:
         self._store.settle_cookies(version_inode)
-        return _Draft(
-            version_inode,
-            name,
-            version,
-            self._tree.get(parent),
-            self._tree.get(version_inode),
-            labels,
-            route,
-            time.time_ns(),
+        root = self._tree.get(version_inode)
+        return Draft(
+            name=name,
+            version=version,
+            name_node=self._tree.get(self._tree.parent(version_inode)),
+            root=root,
+            owner=None if self._keep_owner else (root.uid, root.gid),
+            labels=labels,
+            backend_ids=route.backend_ids,
+            published_at_ns=time.time_ns(),
         )
 
-    async def _put_manifest(self, draft: _Draft) -> BlobSummary:
-        path = self._manifests / f"{draft.version_inode:x}"
-        summary = await trio.to_thread.run_sync(self._write_manifest, path, draft)
-        self._store.begin_publishing(
-            Publishing(draft.version_inode, draft.name, draft.version, summary.digest.raw)
-        )
-        # The note must not be lost by a power cut that keeps the manifest.
-        await self._files.sync_names()
-        pairs = [(summary.digest, backend_id) for backend_id in draft.route.backend_ids]
-        await self._writer.run(lambda transaction: transaction.add_intents(pairs, owner=self._owner))
+    async def _put_manifest(self, draft: Draft, deadline: float) -> BlobSummary:
+        path = self._manifests / f"{draft.root.inode:x}"
         try:
-            for backend_id in draft.route.backend_ids:
-                await self._backends[backend_id].put(summary.digest, FileSource(path, summary))
-        except StorageError:
-            with trio.CancelScope(shield=True):
-                await self._undo(draft.version_inode, draft.route)
-            raise
-        return summary
-
-    def _write_manifest(self, path: Path, draft: _Draft) -> BlobSummary:
-        store = WorkspaceStore(self._store.path, read_only=True)
-        try:
-            check_sums(store, draft.version_inode, self._files.path)
-            name = draft.name_node
-            header = ManifestHeader(
-                name=draft.name,
-                version=draft.version,
-                producer=draft.labels.producer,
-                retention_class=draft.labels.retention_class,
-                publisher_uid=draft.labels.uid,
-                published_at_ns=draft.published_at_ns,
-                backend_ids=draft.route.backend_ids,
-                name_uid=name.uid,
-                name_gid=name.gid,
-                name_mode=name.mode & 0o777,
+            summary = await trio.to_thread.run_sync(write_draft, path, draft, self._store.path, self._files.path)
+            self._store.begin_publishing(
+                Publishing(draft.root.inode, draft.name, draft.version, summary.digest.raw)
             )
-            owner = None if self._keep_owner else (draft.root.uid, draft.root.gid)
-            return write_manifest(path, header, manifest_entries(store, draft.version_inode, owner))
+            # The note must not be lost by a power cut that keeps the manifest.
+            await self._files.sync_names()
+            pairs = [(summary.digest, backend_id) for backend_id in draft.backend_ids]
+            await self._writer.run(lambda transaction: transaction.add_intents(pairs, owner=self._owner))
+            with trio.move_on_at(deadline):
+                for backend_id in draft.backend_ids:
+                    await self._backends[backend_id].put(summary.digest, FileSource(path, summary))
+                return summary
+            raise PublishBusy("the package's manifest was not stored in time; try again")
         finally:
-            store.close()
+            path.unlink(missing_ok=True)
 
-    async def _commit(self, draft: _Draft, manifest: BlobSummary) -> None:
+    async def _commit(self, draft: Draft, manifest: BlobSummary) -> None:
         inode, latest_inode = self._store.names(draft.name) or (0, 0)
-        owner = None if self._keep_owner else (draft.root.uid, draft.root.gid)
 
         def work(transaction: Transaction) -> int:
             if transaction.package_exists(draft.name, draft.version):
                 raise PackageExists(f"{draft.name}/{draft.version} is published already")
-            for backend_id in draft.route.backend_ids:
-                lost = transaction.unstored_file(draft.version_inode, backend_id)
+            for backend_id in draft.backend_ids:
+                lost = transaction.unstored_file(draft.root.inode, backend_id)
                 if lost:
                     return lost
-            transaction.add_locations([(manifest, backend_id) for backend_id in draft.route.backend_ids])
+            transaction.add_locations([(manifest, backend_id) for backend_id in draft.backend_ids])
             parent_id = transaction.add_package_name(
                 draft.name,
                 inode=inode,
@@ -346,18 +312,18 @@ class Publisher:
                 now_ns=draft.published_at_ns,
                 version=draft.version,
             )
-            file_count, size_bytes = transaction.version_totals(draft.version_inode)
+            file_count, size_bytes = transaction.version_totals(draft.root.inode)
             transaction.copy_entries(
-                draft.version_inode,
+                draft.root.inode,
                 parent_id=parent_id,
                 name=draft.version,
                 now_ns=draft.published_at_ns,
-                owner=owner,
+                owner=draft.owner,
             )
             transaction.add_package(
                 name=draft.name,
                 version=draft.version,
-                root_id=draft.version_inode,
+                root_id=draft.root.inode,
                 producer=draft.labels.producer,
                 retention_class=draft.labels.retention_class,
                 publisher_uid=draft.labels.uid,
@@ -365,20 +331,20 @@ class Publisher:
                 file_count=file_count,
                 size_bytes=size_bytes,
                 manifest=manifest,
-                backend_ids=draft.route.backend_ids,
+                backend_ids=draft.backend_ids,
             )
-            transaction.add_event(_published_event(draft, manifest.digest, file_count, size_bytes))
+            transaction.add_event(published_event(draft, manifest.digest, file_count, size_bytes))
             return 0
 
         if await self._writer.run(work, workspace=self._store.path):
             # A location went bad or was deleted since: the bytes are still staged, put them again.
-            self._store.restage(version_inode=draft.version_inode, state="stored")
+            self._store.restage(version_inode=draft.root.inode, state="stored")
             self._uploader.wake()
             raise PublishBusy("a stored file has to be stored again; try again")
 
     # afterwards
 
-    async def forget(self, version_inode: int) -> None:
+    async def forget(self, version_inode: int, manifest: bytes) -> None:
         """The version is in the catalog: drop its rows and staged bytes. Also what recovery does."""
         self._tree.hand_over(version_inode)
         link = self._store.parent_of(version_inode)
@@ -390,14 +356,13 @@ class Publisher:
             self._files.publish(node for node in nodes if node.kind is Kind.FILE)
             await self._on_published([node.inode for node in nodes])
             await trio.lowlevel.checkpoint()
-        self._store.end_publishing(version_inode)
-        (self._manifests / f"{version_inode:x}").unlink(missing_ok=True)
+        self._store.end_publishing(version_inode, manifest)
         self._tree.forget(version_inode)
 
-    async def _undo(self, version_inode: int, route: Route) -> None:
-        for publishing in self._store.publishings():
-            if publishing.version_inode == version_inode:
-                await self.undo(publishing, route.backend_ids)
+    async def _undo(self, draft: Draft) -> None:
+        for note in self._store.publishings():
+            if note.version_inode == draft.root.inode:
+                await self.undo(note, draft.backend_ids)
 
     async def undo(self, publishing: Publishing, backend_ids: tuple[str, ...]) -> None:
         """A publish did not come to its transaction: its manifest must not be found by a rebuild.
@@ -413,61 +378,9 @@ class Publisher:
             return
         pairs = [(digest, backend_id) for backend_id in backend_ids]
         await self._writer.run(lambda transaction: transaction.drop_intents(pairs))
-        self._store.end_publishing(publishing.version_inode)
-        (self._manifests / f"{publishing.version_inode:x}").unlink(missing_ok=True)
-
-
-def manifest_entries(
-    store: WorkspaceStore, version_inode: int, owner: tuple[int, int] | None
-) -> Iterator[ManifestEntry]:
-    """The entries of a version, parents before children; `owner` replaces each one's uid and gid."""
-    directories: dict[int, bytes] = {}
-    linked: dict[int, bytes] = {}
-    for _, parent, name, node in store.tree(version_inode):
-        above = directories.get(parent, b"")
-        path = b"" if node.inode == version_inode else above + b"/" + name if above else name
-        if node.kind is Kind.DIRECTORY:
-            directories[node.inode] = path
-        elif node.nlink > 1:
-            first = linked.setdefault(node.inode, path)
-            if first != path:
-                yield ManifestEntry(path=path, kind=node.kind, link_to=first)
-                continue
-        uid, gid = owner if owner is not None else (node.uid, node.gid)
-        yield ManifestEntry(
-            path=path,
-            kind=node.kind,
-            mode=node.mode & 0o777,
-            uid=uid,
-            gid=gid,
-            mtime_ns=node.mtime_ns,
-            blob=store.summary(node.inode) if node.kind is Kind.FILE else None,
-            target=node.target,
-            attributes=store.attributes(node.inode),
-        )
+        self._store.end_publishing(publishing.version_inode, publishing.manifest)
 
 
 async def _wait_then_cancel(wait: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
     await wait()
     scope.cancel()
-
-
-def _published_event(draft: _Draft, manifest: Digest, file_count: int, size_bytes: int) -> Event:
-    return Event(
-        type=PACKAGE_PUBLISHED,
-        subject=f"{draft.name}/{draft.version}",
-        data={
-            "name": draft.name,
-            "version": draft.version,
-            "producer": draft.labels.producer,
-            "retention_class": draft.labels.retention_class,
-            "publisher_uid": draft.labels.uid,
-            "backend_ids": list(draft.route.backend_ids),
-            "file_count": file_count,
-            "size_bytes": size_bytes,
-            "manifest_digest": str(manifest),
-        },
-        time_ns=draft.published_at_ns,
-    )
-
-

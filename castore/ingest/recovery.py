@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
 from castore.catalog.records import Kind
-from castore.catalog.workspace import WorkspaceStore
-from castore.catalog.writer import CatalogWriter
-from castore.errors import StorageError
+from castore.catalog.workspace import Publishing, WorkspaceStore
+from castore.catalog.writer import CatalogWriter, Transaction
 from castore.ingest.files import StagedFiles
 from castore.ingest.publisher import Publisher
 from castore.registry.routing import Router
@@ -18,17 +18,27 @@ log = logging.getLogger(__name__)
 
 
 async def recover_names(
-    store: WorkspaceStore, *, files: StagedFiles, writer: CatalogWriter, publisher: Publisher, owner: str
-) -> None:
-    """Make names, sizes and states right, before anything can be looked up. Takes time by entries, not by bytes."""
+    store: WorkspaceStore,
+    *,
+    files: StagedFiles,
+    writer: CatalogWriter,
+    publisher: Publisher,
+    manifests: Path,
+    owner: str,
+) -> list[Publishing]:
+    """Make names, sizes and states right, before anything can be looked up. Takes time by entries, not by bytes.
+
+    Returns the publishes that are to be undone.
+    """
     for node in store.unlinked():
         store.delete_node(node.inode)
         if node.kind is Kind.FILE:
             files.remove(node.inode, node.uid, node.size_bytes)
-    for publishing in store.publishings():
-        root = publishing.version_inode
-        if await writer.run(lambda transaction, root=root: transaction.root_exists(root)):  # type: ignore[misc]
-            await publisher.forget(root)
+    for item in os.scandir(manifests):
+        os.unlink(item.path)
+    for note in store.publishings():
+        if await writer.run(partial(Transaction.is_published, root_id=note.version_inode, manifest=note.manifest)):
+            await publisher.forget(note.version_inode, note.manifest)
     with store.transaction():
         for state in ("uploading", "failed"):
             store.restage(state=state)
@@ -38,6 +48,7 @@ async def recover_names(
     dropped = await writer.run(lambda transaction: transaction.drop_intents_of_others(owner))
     if dropped:
         log.info("%d puts of an earlier daemon had not ended; they are put again where they are needed", dropped)
+    return store.publishings()
 
 
 def _compare_with_disk(store: WorkspaceStore, files: StagedFiles) -> None:
@@ -60,25 +71,22 @@ def _compare_with_disk(store: WorkspaceStore, files: StagedFiles) -> None:
 
 
 async def recover_bytes(
-    store: WorkspaceStore, *, files: StagedFiles, publisher: Publisher, router: Router, manifests: Path
+    store: WorkspaceStore,
+    notes: list[Publishing],
+    *,
+    files: StagedFiles,
+    publisher: Publisher,
+    router: Router,
 ) -> None:
-    """Hash what was receiving, undo what was being published. Runs beside the serving daemon."""
-    for publishing in store.publishings():
-        try:
-            # Every configured backend: the route may have changed since.
-            await publisher.undo(publishing, tuple(sorted(router.backend_ids)))
-        except StorageError as exc:
-            log.warning("publish of %s/%s is not undone yet: %s", publishing.name, publishing.version, exc)
-    noted = {f"{publishing.version_inode:x}" for publishing in store.publishings()}
-    for item in os.scandir(manifests):
-        if item.name not in noted and not _is_publishing(store, item.name):
-            os.unlink(item.path)
+    """Hash what was receiving, undo what was being published. Runs beside the serving daemon.
+
+    `notes` are the publishes that `recover_names` found: those that began since are nobody's business here.
+    """
     for node in store.receiving():
-        await files.rehash(node)
-
-
-def _is_publishing(store: WorkspaceStore, name: str) -> bool:
-    return any(f"{publishing.version_inode:x}" == name for publishing in store.publishings())
+        files.rehash(node.inode)
+    for note in notes:
+        # Every configured backend: the route may have changed since.
+        await publisher.undo(note, tuple(sorted(router.backend_ids)))
 
 
 def _is_inode(name: str) -> bool:

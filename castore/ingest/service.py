@@ -5,21 +5,20 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path
 from typing import Final
 
 import trio
 
 from castore.catalog.connection import create_workspace
 from castore.catalog.reader import CatalogReader
-from castore.catalog.workspace import WorkspaceStore
+from castore.catalog.workspace import Publishing, WorkspaceStore
 from castore.catalog.writer import CatalogWriter
 from castore.config import Config
 from castore.errors import StateError
 from castore.ingest.files import StagedFiles
 from castore.ingest.hashing import HashQueue
-from castore.ingest.labels import LabelReader
 from castore.ingest.inode_numbers import InodeNumbers
+from castore.ingest.labels import LabelReader
 from castore.ingest.publisher import Publisher
 from castore.ingest.recovery import recover_bytes, recover_names
 from castore.ingest.tree import IngestTree
@@ -53,6 +52,7 @@ class Ingest:
         create_workspace(workspace)
         self.store = WorkspaceStore(workspace)
         self._owner = str(uuid.uuid4())
+        self._unfinished_publishes: list[Publishing] = []
         self._writer = writer
         self._hashes = HashQueue()
         self._router = Router(config.routing, frozenset(backends))
@@ -100,21 +100,27 @@ class Ingest:
     async def recover(self) -> None:
         """Before serving: names, sizes and states as an earlier daemon left them, made right."""
         await self._numbers.refill()
-        await recover_names(
-            self.store, files=self.files, writer=self._writer, publisher=self.publisher, owner=self._owner
+        self._unfinished_publishes = await recover_names(
+            self.store,
+            files=self.files,
+            writer=self._writer,
+            publisher=self.publisher,
+            manifests=self._manifests,
+            owner=self._owner,
         )
 
     async def run(self) -> None:
         """The background work, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._hashes.run)
+            nursery.start_soon(self.files.run)
             nursery.start_soon(self.uploader.run)
             await recover_bytes(
                 self.store,
+                self._unfinished_publishes,
                 files=self.files,
                 publisher=self.publisher,
                 router=self._router,
-                manifests=self._manifests,
             )
             while True:
                 await self._numbers.wanted()

@@ -19,6 +19,9 @@ SUMS_FILES: Final = (b"SHA256SUMS", b"manifest-sha256.txt")
 SUMS_BYTES_MAX: Final = 256 * 1024 * 1024
 """A longer list is refused: it is read into memory once."""
 
+LINKS_MAX: Final = 40
+"""As many symbolic links as the kernel follows."""
+
 _LINE: Final = re.compile(rb"(\\?)([0-9A-Fa-f]{64})(?: [ *]|[ \t]+)(.+)")
 _ESCAPES: Final = {b"\\\\": b"\\", b"\\n": b"\n", b"\\r": b"\r"}
 
@@ -59,11 +62,25 @@ def _parse(name: str, data: bytes, *, bagit: bool) -> Iterator[tuple[int, str, b
 
 
 def _resolve(store: WorkspaceStore, version_inode: int, path: bytes) -> Node | None:
+    """The entry that `path` leads to within the version, through symbolic links as sha256sum follows them."""
+    parts = path.split(b"/")[::-1]
+    above: list[Node] = []
     node = store.node(version_inode)
-    for part in path.split(b"/"):
+    links = 0
+    while parts and node is not None:
+        part = parts.pop()
         if part in (b"", b"."):
             continue
-        if node is None or part == b"..":
-            return None
-        node = store.child(node.inode, part)
+        if part == b"..":
+            node = above.pop() if above else None
+            continue
+        found = store.child(node.inode, part)
+        if found is not None and found.kind is Kind.SYMLINK:
+            links += 1
+            if links > LINKS_MAX or found.target.startswith(b"/"):
+                return None
+            parts.extend(found.target.split(b"/")[::-1])
+        else:
+            above.append(node)
+            node = found
     return node

@@ -224,6 +224,7 @@ class IngestTree:
             mode=_kept_mode(mode, kind),
             uid=uid,
             gid=gid,
+            creator_uid=uid,
             mtime_ns=now,
             ctime_ns=now,
             size_bytes=len(target),

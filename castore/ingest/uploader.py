@@ -14,6 +14,7 @@ from typing import Final
 
 import trio
 
+from castore import errors
 from castore.catalog.reader import CatalogReader
 from castore.catalog.workspace import WorkspaceStore
 from castore.catalog.writer import CatalogWriter, Transaction
@@ -38,7 +39,10 @@ WORKERS: Final = 8
 """Puts at a time: on the local backend more than 8 gain nothing, on a remote one 8 hide its latency."""
 RETRY_SECONDS_MIN: Final = 1.0
 RETRY_SECONDS_MAX: Final = 60.0
-"""Failed files are tried again after this long, doubling from the first to the last."""
+"""Files that failed for now are tried again after this long, doubling from the first to the last. What failed for good
+is tried again when someone asks: by a publish, a sync of the version, or a new start."""
+TEMPORARY_NAMES: Final = tuple(name for name, kind in vars(errors).items() if getattr(kind, "temporary", False) is True)
+"""The classes whose errors pass, as `to_text` writes them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +54,8 @@ class _Upload:
     missing: set[str]
     stored: list[str] = field(default_factory=list)
     error: CastoreError | None = None
+    changes: int = 0
+    """The first file's count of changes when it was picked."""
     followers: list[int] = field(default_factory=list)
     """Files with the same bytes that belong in another backend: looked at again when this upload is over."""
 
@@ -157,7 +163,7 @@ class Uploader:
                 running.followers.append(inode)
             return
         stored = self._catalog.good_backends(summary.digest) & wanted
-        upload = _Upload(summary, [inode], wanted - stored, list(stored))
+        upload = _Upload(summary, [inode], wanted - stored, list(stored), changes=self._files.watch(inode))
         self._file_count += 1
         self._uploads[summary.digest] = upload
         uploads.append(upload)
@@ -188,6 +194,9 @@ class Uploader:
                 await self._backends[backend_id].put(upload.summary.digest, source)
             except StorageError as exc:
                 error = exc
+            if error is None and self._files.changed_since(upload.inodes[0], upload.changes):
+                # The source checks what it reads against short checksums, which one who wants to can forge.
+                error = SourceChanged("the file was changed while it was put")
             await self._results.send((upload, backend_id, error))
 
     # commit
@@ -220,20 +229,27 @@ class Uploader:
         """All backends answered: the files are stored, or failed with the reason."""
         digest = upload.summary.digest
         del self._uploads[digest]
+        first = upload.inodes[0]
+        changed = self._files.changed_since(first, upload.changes)
+        self._files.unwatch(first)
         self._file_count -= len(upload.inodes)
         if upload.error is None:
             for inode in upload.inodes:
                 self._store.move_state(inode, digest, state="stored")
             self._retry_seconds = 0.0
         else:
-            again = upload.inodes[1:] if isinstance(upload.error, SourceChanged) else []
+            again: list[int] = []
+            if isinstance(upload.error, SourceChanged):
+                # Not the fault of other files with these bytes; nor of this one, if a user wrote to it.
+                again = upload.inodes if changed else upload.inodes[1:]
             upload.followers.extend(again)
             failed = [inode for inode in upload.inodes if inode not in again]
             # A file that changed or went meanwhile does not match: nobody is interested in that put any more.
             if any([self._store.move_state(inode, digest, state="failed", error=to_text(upload.error)) for inode in failed]):
                 log.warning("put of %s failed: %s", digest, upload.error)
-                self._retry_seconds = min(max(RETRY_SECONDS_MIN, self._retry_seconds * 2), RETRY_SECONDS_MAX)
-                self._failing.set()
+                if upload.error.temporary:
+                    self._retry_seconds = min(max(RETRY_SECONDS_MIN, self._retry_seconds * 2), RETRY_SECONDS_MAX)
+                    self._failing.set()
         for inode in upload.followers:
             self._store.move_state(inode, digest, state="staged")
             self.wake()
@@ -244,7 +260,7 @@ class Uploader:
             await self._failing.wait()
             await trio.sleep(self._retry_seconds or RETRY_SECONDS_MIN)
             self._failing = trio.Event()
-            if self._store.restage():
+            if self._store.restage_temporary(TEMPORARY_NAMES):
                 self.wake()
 
 

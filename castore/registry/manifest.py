@@ -107,11 +107,10 @@ def _header_json(header: ManifestHeader) -> dict[str, Any]:
 
 
 def _entry_json(entry: ManifestEntry) -> dict[str, Any]:
-    out: dict[str, Any] = _bytes_json("path", entry.path)
+    out: dict[str, Any] = _bytes_json("path", entry.path) | {"kind": _KINDS[entry.kind]}
     if entry.link_to is not None:
         return out | _bytes_json("link_to", entry.link_to)
     out |= {
-        "kind": _KINDS[entry.kind],
         "mode": entry.mode,
         "uid": entry.uid,
         "gid": entry.gid,
@@ -137,9 +136,9 @@ def _entry_json(entry: ManifestEntry) -> dict[str, Any]:
 
 def _entry(item: dict[str, Any]) -> ManifestEntry:
     path = _bytes_of("path", item)
-    if "link_to" in item or "link_to_base64" in item:
-        return ManifestEntry(path=path, kind=Kind.FILE, link_to=_bytes_of("link_to", item))
     kind = _KIND_OF[item["kind"]]
+    if "link_to" in item or "link_to_base64" in item:
+        return ManifestEntry(path=path, kind=kind, link_to=_bytes_of("link_to", item))
     blob = None
     if kind is Kind.FILE:
         blob = BlobSummary(

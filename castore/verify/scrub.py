@@ -160,8 +160,10 @@ class Scrub:
                         nursery.cancel_scope.cancel()
 
             for _ in range(WORKERS):
-                nursery.start_soon(work)
-            await self._send_rows(backend.backend_id, rows)
+                nursery.start_soon(self._guard, nursery.cancel_scope, work)
+            await self._guard(nursery.cancel_scope, self._send_rows, backend.backend_id, rows)
+        if self._error is not None:
+            raise self._error
 
     async def _send_rows(self, backend_id: str, rows: trio.MemorySendChannel[LocationRow]) -> None:
         last: Digest | None = None

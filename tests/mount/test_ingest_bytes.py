@@ -78,10 +78,9 @@ def test_changes_while_it_is_hashed(shared_store: MountedStore) -> None:
         file.seek(0)
         file.write(content)
     for number in range(5):
-        # Opened and closed again while the bytes of before are still being hashed.
+        # Opened and closed again while, most likely, the bytes of before are still being hashed.
         offset = number * 9 * _MIB
         with path.open("r+b") as file:
-            assert shared_store.state_of(path) == "receiving"
             file.seek(offset)
             file.write(b"changed")
         content[offset : offset + 7] = b"changed"

@@ -138,6 +138,14 @@ def test_reading_changes_no_time(package: Path) -> None:
     assert (package / "share/3000000").stat().st_blocks * 512 >= 3_000_000
 
 
+def test_the_kernel_keeps_what_was_read(shared_store: MountedStore, package: Path) -> None:
+    path = package / "share/1048577"
+    content = path.read_bytes()
+    asked = shared_store.status()["reads"]
+    assert path.read_bytes() == content
+    assert shared_store.status()["reads"] == asked
+
+
 def test_by_digest(shared_store: MountedStore, package: Path) -> None:
     top = shared_store.mnt / "by-digest"
     assert os.listdir(top) == ["sha256"]

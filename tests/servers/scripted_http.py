@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Final
 from urllib.parse import parse_qs, urlsplit
 
 import trio
+from trio.abc import Stream
 
 _READ_BYTES: Final = 1 << 16
 
@@ -39,16 +41,17 @@ class ScriptedHTTP:
     requests: list[Request] = field(default_factory=list)
 
 
-Handler = Callable[[Request, trio.SocketStream], Awaitable[None]]
+Handler = Callable[[Request, Stream], Awaitable[None]]
 """Answers one request by sending bytes to the stream; the connection is closed afterwards."""
 
 
 @asynccontextmanager
-async def serving(handler: Handler) -> AsyncIterator[ScriptedHTTP]:
-    """A server that has the handler answer each request, on a connection of its own."""
+async def serving(handler: Handler, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[ScriptedHTTP]:
+    """A server that has the handler answer each request, on a connection of its own; over TLS with `tls`."""
     server = ScriptedHTTP()
 
-    async def serve(stream: trio.SocketStream) -> None:
+    async def serve(plain: trio.SocketStream) -> None:
+        stream = trio.SSLStream(plain, tls, server_side=True, https_compatible=True) if tls else plain
         async with stream:
             try:
                 request = await _read_request(stream)
@@ -59,7 +62,7 @@ async def serving(handler: Handler) -> AsyncIterator[ScriptedHTTP]:
 
     async with trio.open_nursery() as nursery:
         [listener] = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
-        server.endpoint_url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
+        server.endpoint_url = f"{'https' if tls else 'http'}://127.0.0.1:{listener.socket.getsockname()[1]}"
         yield server
         nursery.cancel_scope.cancel()
 
@@ -72,7 +75,7 @@ def answer(status: int = 200, body: bytes = b"", **headers: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-async def _read_request(stream: trio.SocketStream) -> Request:
+async def _read_request(stream: Stream) -> Request:
     data = b""
     while b"\r\n\r\n" not in data:
         data += await _receive(stream)
@@ -90,7 +93,7 @@ async def _read_request(stream: trio.SocketStream) -> Request:
     return Request(method, target, headers, b"".join(parts))
 
 
-async def _receive(stream: trio.SocketStream) -> bytes:
+async def _receive(stream: Stream) -> bytes:
     data = bytes(await stream.receive_some(_READ_BYTES))
     if not data:
         raise EOFError

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import io
 import logging
+import ssl
 from contextlib import AsyncExitStack
 from contextvars import ContextVar
 from typing import Any, Final
 
 import aioboto3
 from aiobotocore.config import AioConfig
+from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
 from botocore.credentials import ReadOnlyCredentials
 from botocore.exceptions import ClientError
@@ -31,8 +33,8 @@ MAX_CONNECTIONS: Final = 64
 """Requests at a time; more wait. Above what the bounds on reads, writes and parts allow together."""
 
 _SMALL_BODY_BYTES: Final = 1 << 20
-"""Bodies up to this are sent at once; before larger ones the server is asked (`Expect: 100-continue`). The question is a
-round trip for each put, and spares sending what is going to be refused."""
+"""Bodies up to this are sent at once; before larger ones the server is asked (`Expect: 100-continue`), which costs a
+round trip, and spares sending what is going to be refused."""
 _SAYS_WHAT_IS_MISSING: Final = frozenset({"NoSuchKey", "NoSuchUpload"})
 
 for _name in ("aioboto3", "aiobotocore", "boto3", "botocore"):
@@ -59,6 +61,7 @@ class S3Client:
         session.register_component("credential_provider", _Provider(self._credentials))
         session.user_agent_extra = f"castore/{__version__}"
         config = AioConfig(
+            http_session_cls=_HTTPSession,
             signature_version="s3v4",
             connect_timeout=CONNECT_TIMEOUT_S,
             read_timeout=READ_TIMEOUT_S,
@@ -176,6 +179,18 @@ class S3Client:
     def _strange(self, what: str, answer: str) -> StorageUnavailable:
         settings = self._settings
         return StorageUnavailable(f"backend {settings.backend_id}: {what}: {settings.endpoint_url} sent {answer}")
+
+
+class _HTTPSession(AIOHTTPSession):  # type: ignore[misc]
+    """The client library's own, and the certificate has to be for the endpoint's host.
+
+    aiobotocore 2.25 leaves that check to urllib3, which it does not use: it takes any certificate of a known authority.
+    """
+
+    def _get_ssl_context(self) -> ssl.SSLContext:
+        context: ssl.SSLContext = super()._get_ssl_context()
+        context.check_hostname = True
+        return context
 
 
 def _ask_first_for_large_bodies(params: dict[str, Any], **_: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.abc import Stream
 
 from castore.config import S3Settings
 from castore.digest import Digest
@@ -50,7 +51,7 @@ async def asking(settings: S3Settings, handler: Handler) -> AsyncIterator[tuple[
 
 
 def always(data: bytes) -> Handler:
-    async def handler(request: Request, stream: trio.SocketStream) -> None:
+    async def handler(request: Request, stream: Stream) -> None:
         await stream.send_all(data)
 
     return handler
@@ -155,7 +156,7 @@ ANSWERS: dict[bytes, tuple[type[StorageError], str]] = {
 async def test_answers_to_a_put(settings: S3Settings, data: bytes) -> None:
     kind, text = ANSWERS[data]
 
-    async def handler(request: Request, stream: trio.SocketStream) -> None:
+    async def handler(request: Request, stream: Stream) -> None:
         await stream.send_all(answer() if request.method == "HEAD" else data)
 
     async with asking(settings, handler) as (backend, server):
@@ -170,7 +171,7 @@ async def test_answers_to_a_put(settings: S3Settings, data: bytes) -> None:
 async def test_what_a_put_says_on_the_wire(settings: S3Settings, tmp_path: Path) -> None:
     settings = but(settings, storage_class="COLD", sse="aws:kms")
 
-    async def handler(request: Request, stream: trio.SocketStream) -> None:
+    async def handler(request: Request, stream: Stream) -> None:
         length = len(DATA) if request.method == "HEAD" else 0
         await stream.send_all(answer(etag='"not-an-md5"', content_length=str(length)))
 
@@ -199,7 +200,7 @@ async def test_what_a_put_says_on_the_wire(settings: S3Settings, tmp_path: Path)
     ],
 )
 async def test_a_put_is_not_believed_unless_it_is_proven(settings: S3Settings, stored: bytes, text: str) -> None:
-    async def handler(request: Request, stream: trio.SocketStream) -> None:
+    async def handler(request: Request, stream: Stream) -> None:
         of_the_bucket = request.target.rstrip("/").count("/") == 1
         await stream.send_all(stored if request.method == "HEAD" and not of_the_bucket else answer())
 
@@ -213,7 +214,7 @@ async def test_a_put_is_not_believed_unless_it_is_proven(settings: S3Settings, s
 async def test_a_bare_404_means_the_object_only_where_the_bucket_is_known(
     settings: S3Settings, operation: str, bucket: bytes
 ) -> None:
-    async def handler(request: Request, stream: trio.SocketStream) -> None:
+    async def handler(request: Request, stream: Stream) -> None:
         await stream.send_all(bucket if request.target.rstrip("/").count("/") == 1 else answer(404))
 
     async with asking(settings, handler) as (backend, _):
@@ -227,7 +228,7 @@ async def test_a_bare_404_means_the_object_only_where_the_bucket_is_known(
                 await ask(backend, operation)
 
 
-async def missing_in_a_bucket(request: Request, stream: trio.SocketStream) -> None:
+async def missing_in_a_bucket(request: Request, stream: Stream) -> None:
     await stream.send_all(answer(200 if request.target.rstrip("/").count("/") == 1 else 404))
 
 
@@ -280,7 +281,7 @@ async def test_sweep_spares_an_upload_that_somebody_works_on(settings: S3Setting
     )
     moments = {"at-work": "2001-02-03T11:59:00Z", "abandoned": "2001-02-03T10:59:00Z"}
 
-    async def handler(request: Request, stream: trio.SocketStream) -> None:
+    async def handler(request: Request, stream: Stream) -> None:
         upload_id = request.query.get("uploadId")
         text = parts.format(moment=moments[upload_id]) if upload_id else listing
         await stream.send_all(
@@ -297,7 +298,7 @@ async def test_sweep_spares_an_upload_that_somebody_works_on(settings: S3Setting
 
 @pytest.mark.parametrize(("region", "constraint"), [("us-east-1", None), ("default", None), ("eu-west-1", "eu-west-1")])
 async def test_where_a_bucket_is_made(settings: S3Settings, region: str, constraint: str | None) -> None:
-    async def handler(request: Request, stream: trio.SocketStream) -> None:
+    async def handler(request: Request, stream: Stream) -> None:
         await stream.send_all(answer(404 if request.method == "HEAD" else 200))
 
     async with asking(but(settings, region=region), handler) as (backend, server):

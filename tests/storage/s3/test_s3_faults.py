@@ -13,6 +13,7 @@ from typing import Any, Final
 import pytest
 import trio
 import trio.testing
+from trio.abc import Stream
 
 from castore.config import S3Settings
 from castore.config_values import SecretRef
@@ -158,7 +159,7 @@ async def test_credentials_that_change_under_way_get_another_try(
 ) -> None:
     """The server no longer takes the old ones when the request comes, and the new ones are there by then."""
 
-    async def handler(request: Request, stream: trio.SocketStream) -> None:
+    async def handler(request: Request, stream: Stream) -> None:
         if "Credential=new/" in request.headers["authorization"]:
             bodies = {"GET": SMALL, "PUT": b"", "HEAD": b""}
             span = f"bytes 0-{len(SMALL) - 1}/{len(SMALL)}"
@@ -183,7 +184,7 @@ async def test_credentials_that_change_under_way_get_another_try(
 
 
 async def test_credentials_that_do_not_change_get_no_other_try(of_nobody: S3Settings) -> None:
-    async def handler(request: Request, stream: trio.SocketStream) -> None:
+    async def handler(request: Request, stream: Stream) -> None:
         await stream.send_all(answer(403))
 
     async with serving(handler) as server, opened(but(of_nobody, endpoint_url=server.endpoint_url)) as backend:
@@ -226,7 +227,7 @@ async def test_cancelling_ends_the_request(of_nobody: S3Settings) -> None:
     asked = trio.Event()
     left = trio.Event()
 
-    async def handler(request: Request, stream: trio.SocketStream) -> None:
+    async def handler(request: Request, stream: Stream) -> None:
         await stream.send_all(answer(206, b"half", content_range="bytes 0-7/8", content_length="8"))
         asked.set()
         with trio.fail_after(PATIENCE_S):
@@ -252,7 +253,7 @@ class PartsServer:
         self.events: list[str] = []
         self._part = part
 
-    async def handle(self, request: Request, stream: trio.SocketStream) -> None:
+    async def handle(self, request: Request, stream: Stream) -> None:
         number = int(request.query.get("partNumber", "0"))
         if number:
             self.begun.append(number)
@@ -338,7 +339,7 @@ async def test_a_complete_that_fails_with_status_200(of_nobody: S3Settings) -> N
 
     parts = PartsServer(part)
 
-    async def handler(request: Request, stream: trio.SocketStream) -> None:
+    async def handler(request: Request, stream: Stream) -> None:
         if request.method == "POST" and "uploadId" in request.query:
             parts.events.append("complete")
             await stream.send_all(answer(200, b"<Error><Code>InternalError</Code><Message>no</Message></Error>"))

@@ -1,4 +1,4 @@
-"""What is seen only from outside a process: its log, its imports, its memory, and what it takes from its environment."""
+"""What is seen only from outside a process: its log, its imports, its memory, what it takes from its environment."""
 
 from __future__ import annotations
 
@@ -155,7 +155,6 @@ def test_memory_is_bounded_by_the_parts_in_flight(server: SeaweedFS, tmp_path: P
         for number in range(160):
             file.write(bytes([number]) * MIB)
     program = """
-import resource
 from pathlib import Path
 
 class OnDisk:
@@ -164,7 +163,9 @@ class OnDisk:
         return Path(os.environ["FILE"]).open("rb")
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    # Not `ru_maxrss`, which begins with that of the parent.
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) >> 10
 
 async def read(backend, digest):
     buffer = bytearray(8 << 20)
@@ -191,5 +192,5 @@ trio.run(main)
 """
     puts, gets = map(int, run(server, program, FILE=str(tmp_path / "file")).split())
     parts = PARTS_IN_FLIGHT * 16
-    assert puts <= parts + 32, "MiB above what an idle backend needs"
-    assert gets <= parts + 32
+    assert parts <= puts <= parts + 24, "MiB above what an idle backend needs"
+    assert gets <= parts + 24

@@ -1,0 +1,288 @@
+"""`castore storage verify` and `castore storage backends`, as people and programs call them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from castore.catalog.event_log import EventReader
+from castore.digest import BLOCK_SIZE_BYTES, BlobSummary, Digest
+from castore.storage.layout import key_of
+from tests.cli.conftest import WAIT_SECONDS, Cli
+from tests.damage import DAMAGES, cut_short, do, flip_a_bit, remove
+from tests.places import Place
+from tests.published import PublishedStore, numbered_files
+
+FILES = {b"bin/tool": b"tool" * 500, b"share/doc": b"doc", b"share/\xff\n": b"odd name"}
+
+
+on_local = pytest.mark.parametrize("place", ["local"], indirect=True)
+"""For tests that make an object without its bytes: only a file system has holes."""
+
+Make = Callable[..., tuple[PublishedStore, dict[bytes, Digest]]]
+
+
+@pytest.fixture
+def make(tmp_path: Path, place: Place, cli: Cli) -> Make:
+    """Makes the store of the command line, with backends of the given ids and packages of the same files in all."""
+    cli.environ["CASTORE_CONFIG"] = str(tmp_path / "castore.toml")
+
+    def make(
+        *backend_ids: str, files: dict[bytes, bytes] = FILES, refs: tuple[str, ...] = ("demo/1",)
+    ) -> tuple[PublishedStore, dict[bytes, Digest]]:
+        store = PublishedStore(tmp_path, place, *(backend_ids or ("main",)))
+        digests: dict[bytes, Digest] = {}
+
+        async def fill() -> None:
+            await store.create()
+            for ref in refs:
+                digests.update(await store.publish(ref, files))
+            await store.aclose()
+
+        trio.run(fill)
+        return store, digests
+
+    return make
+
+
+def documents(text: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The documents of the locations, and the summary."""
+    *locations, summary = map(json.loads, text.splitlines())
+    return locations, summary
+
+
+def test_all_good(cli: Cli, make: Make) -> None:
+    make()
+    done = cli("storage", "verify")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("looked at 4 of 4 locations, 2.0 KiB in ")
+    assert lines[1:] == ["verified: 4, failed: 0, changed: 0, unreadable: 0"]
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_each_kind_of_damage_is_named_by_path(cli: Cli, make: Make, kind: str) -> None:
+    store, digests = make(refs=("demo/1", "demo/2"))
+    damage, reason = DAMAGES[kind]
+    do(store.config.backends["main"], damage, digests[b"bin/tool"])
+    lines = cli("storage", "verify", code=1).stdout.splitlines()
+    assert lines[0].startswith(f"failed: {reason} in backend main: 2000 bytes of {digests[b'bin/tool']}")
+    assert lines[1:3] == ["  demo/1: bin/tool", "  demo/2: bin/tool"]
+    assert lines[3].startswith("looked at 5 of 5 locations")
+    assert lines[4:] == ["verified: 4, failed: 1, changed: 0, unreadable: 0"]
+
+    locations, summary = documents(cli("storage", "verify", "--json", code=1).stdout)
+    assert len(locations) == 5
+    (failed,) = [document for document in locations if document["status"] != "verified"]
+    assert failed["digest"] == str(digests[b"bin/tool"])
+    assert (failed["status"], failed["reason"]) == ("failed", reason)
+    assert failed["packages"] == ["demo/1", "demo/2"]
+    assert failed["paths"] == [{"package": f"demo/{version}", "path": "bin/tool"} for version in (1, 2)]
+    assert failed["path_count"] == 2
+    assert (summary["summary"], summary["exit_code"], summary["failed"], summary["verified"]) == (True, 1, 1, 4)
+    assert (summary["location_count"], summary["looked_at"], summary["backends"]) == (5, 5, ["main"])
+
+
+def test_names_that_are_not_text(cli: Cli, make: Make) -> None:
+    store, digests = make()
+    do(store.config.backends["main"], remove, digests[b"share/\xff\n"])
+    assert "  demo/1: share/\\xff\\n" in cli("storage", "verify", code=1).stdout.splitlines()
+    locations, _ = documents(cli("storage", "verify", "--json", code=1).stdout)
+    (failed,) = [document for document in locations if document["status"] == "failed"]
+    assert failed["paths"] == [{"package": "demo/1", "path": "share/\ufffd\n", "path_base64": "c2hhcmUv/wo="}]
+    assert (failed["observed_digest"], failed["observed_size_bytes"]) == (None, None)
+
+
+def test_a_manifest(cli: Cli, make: Make) -> None:
+    store, digests = make()
+    do(store.config.backends["main"], cut_short, digests[b""])
+    lines = cli("storage", "verify", code=1).stdout.splitlines()
+    assert lines[0].startswith(f"failed: size_mismatch in backend main: 22 bytes of {digests[b'']}; found 21 bytes of ")
+    assert lines[1] == "  demo/1: its manifest"
+
+
+def test_a_long_list_of_paths_is_cut(cli: Cli, make: Make) -> None:
+    files = {b"copy %02d" % number: b"the same" for number in range(23)}
+    store, digests = make(files=files)
+    do(store.config.backends["main"], flip_a_bit, digests[b"copy 00"])
+    lines = cli("storage", "verify", code=1).stdout.splitlines()
+    assert lines[1:22] == [*(f"  demo/1: copy {number:02}" for number in range(20)), "  and 3 more"]
+
+
+def test_the_choice_of_backends(cli: Cli, make: Make, place: Place) -> None:
+    make("main", "copy")
+    for arguments, backends in (
+        ((), ["main", "copy"]),
+        (("--backend", "copy"), ["copy"]),
+        (("--backend", place.backend_type), ["main", "copy"]),
+        (("--backend", "copy", "--backend", "main"), ["copy", "main"]),
+    ):
+        locations, summary = documents(cli("storage", "verify", "--json", *arguments).stdout)
+        assert summary["backends"] == backends
+        assert sorted({document["backend_id"] for document in locations}) == sorted(backends)
+
+
+def test_an_id_counts_for_more_than_a_type(cli: Cli, make: Make, place: Place) -> None:
+    make("main", place.backend_type)
+    _, summary = documents(cli("storage", "verify", "--json", "--backend", place.backend_type).stdout)
+    assert summary["backends"] == [place.backend_type]
+
+
+def test_an_unknown_backend(cli: Cli, make: Make, place: Place) -> None:
+    make("main")
+    line = cli.error("storage", "verify", "--backend", "elsewhere")
+    assert line == f"--backend elsewhere: no such backend is configured; there are main ({place.backend_type})"
+
+
+def test_an_unreachable_backend(cli: Cli, make: Make, place: Place) -> None:
+    make("main", "copy")
+    with place.unreachable("main"):
+        done = cli("storage", "verify", code=2)
+        assert done.stdout.splitlines()[-1].startswith("verified: 4, failed: 0, changed: 0, unreadable: ")
+        assert done.stderr.splitlines()[-1].startswith("castore: error: backend main is given up: ")
+        _, summary = documents(cli("storage", "verify", "--json", code=2).stdout)
+        assert [stopped["backend_id"] for stopped in summary["given_up"]] == ["main"]
+        assert (summary["failed"], summary["exit_code"]) == (0, 2)
+    assert json.loads(cli("storage", "backends", "--json").stdout)["backends"][0]["by_status"] == {"stored": 4}
+    cli("storage", "verify")
+
+
+def test_shards(cli: Cli, make: Make) -> None:
+    make(files=numbered_files(30))
+    seen: list[str] = []
+    for shard in ("1/3", "2/3", "3/3"):
+        locations, summary = documents(cli("storage", "verify", "--json", "--shard", shard).stdout)
+        assert (summary["shard"], summary["location_count"]) == (shard, len(locations))
+        seen += [document["digest"] for document in locations]
+    assert len(seen) == len(set(seen)) == 31
+    done = cli("storage", "verify", "--shard", "0/3", code=2)
+    assert "'0/3': expected I/N, with N from 1 to 65536 and I from 1 to N" in done.stderr
+
+
+def test_without_a_store(cli: Cli) -> None:
+    assert "there is no catalog; run `castore init`" in cli.error("storage", "verify")
+
+
+@on_local
+def test_interrupted(cli: Cli, make: Make) -> None:
+    """Stopped by a signal in the middle of a large object: what was found is kept, and said."""
+    store, _ = make()
+    # Reading a hole of this size takes minutes.
+    add_sparse(store, Digest("sha256", b"\xff" * 32), 200 << 30)
+    with cli.start("storage", "verify", "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        found = [json.loads(process.stdout.readline()) for _ in range(4)]
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == 130, stderr
+    assert {document["status"] for document in found} == {"verified"}
+    summary = json.loads(stdout)
+    assert (summary["interrupted"], summary["looked_at"], summary["location_count"]) == (True, 4, 5)
+    assert stderr.splitlines()[-1] == "castore: interrupted: what was found of 4 locations is recorded"
+    with EventReader(store.catalog_path) as reader:
+        assert len(reader.events_after(0, 100)[0]) == 4
+
+
+def add_sparse(store: PublishedStore, digest: Digest, size_bytes: int) -> None:
+    """An object of zeros that takes no space, in the backend `main`, which is a folder."""
+    (path,) = [Path(settings.place) for settings in store.config.backends.values() if settings.backend_id == "main"]
+    target = path / key_of(digest)
+    target.parent.mkdir(parents=True)
+    target.touch()
+    os.truncate(target, size_bytes)
+    summary = BlobSummary(digest, size_bytes, BLOCK_SIZE_BYTES, "xxh3-64", b"")
+    store.add_location(summary, "main")
+
+
+@on_local
+def test_memory_is_bounded(cli: Cli, make: Make) -> None:
+    store, _ = make(files=numbered_files(100))
+    zeros = "49bc20df15e412a64472421e13fe86ff1c5165e18b2afccf160d4dc19fe68a14"  # of 1 GiB
+    add_sparse(store, Digest("sha256", bytes.fromhex(zeros)), 1 << 30)
+    process = cli.start("storage", "verify", "--json", stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert usage.ru_maxrss < 150 * 1024, f"{usage.ru_maxrss} KiB"
+
+
+@on_local
+def test_on_a_terminal(cli: Cli, make: Make) -> None:
+    store, digests = make()
+    add_sparse(store, Digest("sha256", b"\xff" * 32), 1 << 30)
+    do(store.config.backends["main"], remove, digests[b"bin/tool"])
+    terminal, end = pty.openpty()
+    environ = {**cli.environ, "TERM": "xterm", "COLUMNS": "150"}
+    with cli.start("storage", "verify", stdout=end, stderr=end, env=environ) as process:
+        os.close(end)
+        received = b""
+        try:
+            while data := os.read(terminal, 65536):
+                received += data
+        except OSError:
+            pass  # EIO: the other end of the terminal is closed.
+        finally:
+            os.close(terminal)
+        assert process.wait(WAIT_SECONDS) == 1
+    text = received.decode()
+    assert "verifying main" in text
+    assert "━" in text
+    assert "/s" in text
+    assert f"failed: missing in backend main: 2000 bytes of {digests[b'bin/tool']}" in text
+    assert "  demo/1: bin/tool" in text
+    assert text.rstrip().endswith("verified: 3, failed: 2, changed: 0, unreadable: 0")
+
+
+def test_results_go_to_a_file_also_beside_a_bar(cli: Cli, make: Make, tmp_path: Path) -> None:
+    make()
+    terminal, end = pty.openpty()
+    fcntl.fcntl(terminal, fcntl.F_SETFL, os.O_NONBLOCK)
+    with (tmp_path / "out").open("wb") as out:
+        environ = {**cli.environ, "TERM": "xterm"}
+        with cli.start("storage", "verify", "--json", stdout=out.fileno(), stderr=end, env=environ) as process:
+            os.close(end)
+            assert process.wait(WAIT_SECONDS) == 0
+    os.close(terminal)
+    locations, _ = documents((tmp_path / "out").read_text())
+    assert len(locations) == 4
+
+
+def test_a_reader_that_goes_away(cli: Cli, make: Make) -> None:
+    make()
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with cli.start("storage", "verify", "--json", stdout=write_end, stderr=subprocess.PIPE) as process:
+        os.close(write_end)
+        _, stderr = process.communicate(timeout=WAIT_SECONDS)
+    assert (process.returncode, stderr) == (141, "")
+
+
+def test_backends(cli: Cli, make: Make, place: Place) -> None:
+    store, digests = make("main", "copy")
+    do(store.config.backends["main"], remove, digests[b"bin/tool"])
+    cli("storage", "verify", code=1)
+    lines = [line.split() for line in cli("storage", "backends").stdout.splitlines()]
+    assert lines[0] == ["BACKEND", "TYPE", "HEALTH", "OBJECTS", "FAILED", "SIZE", "DETAIL"]
+    assert lines[1][:5] == ["main", place.backend_type, "pass", "4", "1"]
+    assert lines[2][:5] == ["copy", place.backend_type, "pass", "4", "0"]
+    with place.unreachable("copy"):
+        backends = json.loads(cli("storage", "backends", "--json", code=1).stdout)["backends"]
+        assert [backend["health"] for backend in backends] == ["pass", "fail"]
+
+
+def test_a_backend_that_is_no_longer_configured(cli: Cli, make: Make, place: Place) -> None:
+    store, _ = make("main", "copy")
+    text = store.config_path.read_text()
+    store.config_path.write_text(text.replace(place.section("copy"), ""))
+    backends = json.loads(cli("storage", "backends", "--json", code=1).stdout)["backends"]
+    assert (backends[1]["backend_id"], backends[1]["health"]) == ("copy", "fail")
+    assert (backends[1]["object_count"], backends[1]["detail"]) == (4, "not in the configuration")
