@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +29,7 @@ from castore.catalog.records import FailureReason
 from castore.catalog.writer import CatalogWriter
 from castore.config import Config
 from castore.digest import Digest
-from castore.errors import ConfigError, StateError, StateLocked, StorageError
+from castore.errors import ConfigError, NotFound, StateError, StateLocked, StorageError
 from castore.ingest.publisher import PublishProgress
 from castore.ingest.service import Ingest
 from castore.mountinfo import mount_source
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 STOP_SECONDS: Final = 20.0
 """From a signal to the end of the background work; with the unmount it stays below the 30 s that are promised."""
 DRAIN_REPORT_SECONDS: Final = 0.25
+FORGET_SECONDS: Final = 1.0
+"""For the kernel to forget a name, beyond what it may have to wait for a publish by rename."""
 
 _OPTIONS: Final = frozenset({"allow_other", "allow_root", "rw", "nosuid", "suid", "nodev", "dev", "noexec", "exec"})
 
@@ -283,7 +286,8 @@ class Daemon:
         async def tell(progress: PublishProgress) -> None:
             await report(asdict(progress))
 
-        await self._ingest.publisher.wait_stored(node.inode, report=tell)
+        with suppress(NotFound):  # someone else was quicker: publish says so
+            await self._ingest.publisher.wait_stored(node.inode, report=tell)
         await self._ingest.publisher.publish(
             node.inode,
             name,
@@ -291,10 +295,18 @@ class Daemon:
             wait_seconds=self._config.ingest.publish_wait_seconds,
             report=tell,
         )
-        # The kernel was not asked, so it may still know the version under its old name.
-        pyfuse3.invalidate_entry_async(parent, version.encode(), ignore_enoent=True)
+        await self._forget_old_name(parent, version.encode())
         self._operations.forget_latest(name)
         return {"ref": f"{name}/{version}"}
+
+    async def _forget_old_name(self, parent: int, version: bytes) -> None:
+        """The kernel was not asked, so it still knows a published version under its old name.
+
+        Until it forgets that, it may answer the new name with ESTALE. It waits for whoever holds the old parent, a
+        publish by rename at the most.
+        """
+        with trio.move_on_after(self._config.ingest.publish_wait_seconds + FORGET_SECONDS):
+            await trio.to_thread.run_sync(_forget_entry, parent, version, abandon_on_cancel=True)
 
     async def _answer_umount(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
         if not request.get("force"):
@@ -321,6 +333,16 @@ class Daemon:
                 )
             with trio.move_on_after(DRAIN_REPORT_SECONDS):
                 await self._ingest.uploader.progress.wait()
+
+
+def _forget_entry(parent: int, name: bytes) -> None:
+    """Make the kernel forget a name. Blocks while a rename in that directory waits: never call it in a handler."""
+    try:
+        pyfuse3.invalidate_entry(parent, name)
+    except FileNotFoundError:
+        pass  # it did not know it
+    except OSError as exc:
+        log.debug("%r in inode %d is not invalidated: %s", name, parent, exc)
 
 
 def _take_lock(path: Path, state_dir: Path) -> int:

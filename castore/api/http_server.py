@@ -33,7 +33,10 @@ ANSWER_SECONDS: Final = 60.0
 """For making an answer: more than the longest that a caller may ask to wait."""
 SEND_SECONDS: Final = 10.0
 """For a caller to take an answer of a megabyte at most."""
+PART_SECONDS: Final = 2.0
+"""For a caller whose request was refused to read why, and to stop sending."""
 _BACKLOG: Final = 64
+_RECEIVE_BYTES: Final = 4096
 
 _log = logging.getLogger(__name__)
 
@@ -161,6 +164,7 @@ class _Connection:
                 response = problem(exc.status, exc.detail, exc.headers)
             await self._send(response, head_only=request is not None and request.method == b"HEAD")
             if {self._h11.our_state, self._h11.their_state} != {h11.DONE}:
+                await self._part()
                 return
             self._h11.start_next_cycle()
 
@@ -171,7 +175,7 @@ class _Connection:
             while True:
                 event = self._h11.next_event()
                 if event is h11.NEED_DATA:
-                    self._h11.receive_data(await self._stream.receive_some(REQUEST_MAX_BYTES))
+                    self._h11.receive_data(await self._stream.receive_some(_RECEIVE_BYTES))
                 elif isinstance(event, h11.Request):
                     request = event
                 elif isinstance(event, h11.EndOfMessage):
@@ -230,6 +234,14 @@ class _Connection:
             raise trio.BrokenResourceError("the caller takes no answer")
 
 
+    async def _part(self) -> None:
+        """Take what the caller is still sending: a socket that is closed before loses the answer on its way."""
+        with trio.move_on_after(PART_SECONDS):
+            await self._stream.send_eof()
+            while await self._stream.receive_some(_RECEIVE_BYTES):
+                pass
+
+
 def problem(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
     """An error as RFC 9457 has it."""
     title = HTTPStatus(status).phrase
@@ -239,11 +251,8 @@ def problem(status: int, detail: str, headers: Mapping[str, str] | None = None) 
 
 def _is_local(host: str) -> bool:
     """Whether a Host header is `localhost` or an address, with or without a port."""
-    name = urlsplit(f"//{host}").hostname or ""
-    if name == "localhost":
-        return True
     try:
-        ipaddress.ip_address(name)
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or bool(ipaddress.ip_address(name))
     except ValueError:
         return False
-    return True

@@ -208,12 +208,16 @@ class Publisher:
         self, version_inode: int, name: str, version: str, wait_seconds: float, report: Report
     ) -> None:
         deadline = trio.current_time() + wait_seconds
+        await self._check_absent(name, version)
         if self._tree.version_path(version_inode)[0] != name:
             raise InvalidName(f"a version of another package cannot be published as {name}/{version}")
-        if await self._writer.run(lambda transaction: transaction.package_exists(name, version)):
-            raise PackageExists(f"{name}/{version} is published already")
         with trio.move_on_at(deadline) as waiting:
-            await self._wait_publishable(version_inode, report)
+            try:
+                await self._wait_publishable(version_inode, report)
+            except NotFound:
+                # Perhaps someone else published it meanwhile: then that is the answer.
+                await self._check_absent(name, version)
+                raise
         if waiting.cancelled_caught:
             raise PublishBusy(self._busy_reason(version_inode))
         labels = await self._labels.labels(version_inode)
@@ -234,6 +238,10 @@ class Publisher:
         except (CastoreError, OSError) as exc:
             # It is published all the same, and seen as such: what remains in staging goes at the next start.
             log.error("%s/%s is published, but its staging is not cleared: %s", name, version, exc)
+
+    async def _check_absent(self, name: str, version: str) -> None:
+        if await self._writer.run(lambda transaction: transaction.package_exists(name, version)):
+            raise PackageExists(f"{name}/{version} is published already")
 
     def _busy_reason(self, version_inode: int) -> str:
         now = self.progress(version_inode)

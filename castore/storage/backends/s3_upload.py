@@ -24,7 +24,7 @@ SMALL_BODY_BYTES: Final = 1 << 20
 """Bodies up to this do not count: the bound on puts at a time bounds them, too."""
 SOURCE_THREADS: Final = 8
 """Threads that read sources: one for each put at a time. A disk that hangs costs no more than these."""
-ABORT_S: Final = 5.0
+ABORT_S: Final = 2.0
 """Seconds that a put that failed or was cancelled takes at most to remove what it uploaded; else `sweep` does later."""
 
 _MD5_ETAG: Final = re.compile(r'"?([0-9a-f]{32})"?')

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import trio
 from trio.abc import Stream
 
 from castore.config import S3Settings

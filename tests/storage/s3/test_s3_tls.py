@@ -12,7 +12,6 @@ import pytest
 import trio
 from trio.abc import Stream
 
-from castore.config import S3Settings
 from tests.servers.scripted_http import Request, answer, serving
 
 from .test_s3_process import PRELUDE, ROOT
@@ -25,11 +24,6 @@ async def main():
 
 trio.run(main)
 """
-
-
-@pytest.fixture
-def settings(of_nobody: S3Settings) -> S3Settings:
-    return of_nobody
 
 
 def openssl(*arguments: str) -> None:
