@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.event_schemas import catalogs_below, check_catalog
 from tests.mount.store import MountedStore
+from tests.places import Place
 
 
 def _clear(stores: list[MountedStore]) -> None:
@@ -20,24 +22,28 @@ def _clear(stores: list[MountedStore]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     for store in stores:
         assert "Traceback" not in store.log(), store.log()
+        for catalog in catalogs_below(store.state):
+            check_catalog(catalog)
 
 
 @pytest.fixture
 def make_store(tmp_path: Path) -> Iterator[Callable[..., MountedStore]]:
     """Makes stores, each in a folder of its own; all are cleared away at the end.
 
-    `ingest` is put in that section of the configuration. Other users can reach the mountpoint of a `reachable` store;
-    pytest's own folders are private. A traceback in a daemon's log fails the test: something unforeseen was met.
+    `ingest` is put in that section of the configuration, `place` and `port` are MountedStore's. Other users can reach
+    the mountpoint of a `reachable` store; pytest's own folders are private. A traceback in a daemon's log fails the test: something unforeseen was met.
     """
     stores: list[MountedStore] = []
     outside: list[Path] = []
 
-    def make(ingest: str = "", *, reachable: bool = False) -> MountedStore:
+    def make(
+        ingest: str = "", *, reachable: bool = False, place: Place | None = None, port: int = 0
+    ) -> MountedStore:
         root = Path(tempfile.mkdtemp(dir=None if reachable else tmp_path, prefix="castore-" if reachable else "s"))
         if reachable:
             outside.append(root)
             root.chmod(0o755)
-        store = MountedStore(root, ingest)
+        store = MountedStore(root, ingest, place=place, port=port)
         stores.append(store)
         return store
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from castore.mountinfo import mount_at
+from tests.places import Place
 
 WAIT_SECONDS = 60.0
 """The longest that any test waits for something that takes well below a second."""
@@ -27,11 +28,17 @@ state_dir = "{root}/state"
 dir = "{root}/cache"
 [ingest]
 {ingest}
+{section}
+[routing]
+default = "{backend_id}"
+[http]
+listen = "127.0.0.1:{port}"
+"""
+
+SECTION = """\
 [backends.local]
 type = "local"
 path = "{root}/objects"
-[routing]
-default = "local"
 """
 
 
@@ -68,12 +75,19 @@ def run_tool(*command: str | Path, **options: Any) -> str:
 
 
 class MountedStore:
-    """`root` holds the configuration, the state, the local backend and the mountpoint `mnt`."""
+    """`root` holds the configuration, the state, the backend `local` and the mountpoint `mnt`.
 
-    def __init__(self, root: Path, ingest: str = "") -> None:
+    With a `place`, the only backend is one of its type with the id `main`. The HTTP API is at `port`, by default any.
+    """
+
+    def __init__(self, root: Path, ingest: str = "", *, place: Place | None = None, port: int = 0) -> None:
         self.root = root
         self.config = root / "castore.toml"
-        self.config.write_text(CONFIG.format(root=root, ingest=ingest))
+        section = SECTION.format(root=root) if place is None else place.section("main")
+        backend_id = "local" if place is None else "main"
+        self.config.write_text(
+            CONFIG.format(root=root, ingest=ingest, section=section, backend_id=backend_id, port=port)
+        )
         self.mnt = root / "mnt"
         self.mnt.mkdir()
         self.state = root / "state"

@@ -127,10 +127,13 @@ class LocalBackend:
     def _read(self, digest: Digest, buffer: memoryview, offset: int) -> bool:
         """Fill the buffer; whether the next read may try `_read_cached`."""
         try:
-            fd = os.open(self._path(digest), os.O_RDONLY | os.O_CLOEXEC)
+            # Not blocking: should a pipe lie there, opening it would wait for a writer, for ever.
+            fd = os.open(self._path(digest), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError as exc:
             raise self._missing(digest) from exc
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise self._missing(digest)
             done = 0
             while done < len(buffer):
                 count = os.preadv(fd, [buffer[done:]], offset + done)
@@ -173,6 +176,8 @@ class LocalBackend:
             status = os.stat(self._path(digest))
         except FileNotFoundError as exc:
             raise self._missing(digest) from exc
+        if not stat.S_ISREG(status.st_mode):
+            raise self._missing(digest)
         return ObjectInfo(digest, status.st_size, status.st_mtime_ns)
 
     async def delete(self, digest: Digest) -> None:

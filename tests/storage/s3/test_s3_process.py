@@ -106,7 +106,7 @@ def test_no_log_repr_or_traceback_shows_a_secret(server: SeaweedFS, client_logs_
 
 
 def test_the_environment_of_amazons_own_tools_counts_for_nothing(server: SeaweedFS, tmp_path: Path) -> None:
-    (tmp_path / "config").write_text("[profile odd]\nregion = nowhere\nendpoint_url = http://127.0.0.1:9\n")
+    (tmp_path / "config").write_text("[default]\nregion = nowhere\nendpoint_url = http://127.0.0.1:9\n")
     program = """
 async def main():
     backend = open_backend(settings())
@@ -119,7 +119,7 @@ trio.run(main)
     output = run(
         server,
         program,
-        AWS_PROFILE="odd",
+        AWS_PROFILE="absent",
         AWS_CONFIG_FILE=str(tmp_path / "config"),
         AWS_SHARED_CREDENTIALS_FILE=str(tmp_path / "absent"),
         AWS_ACCESS_KEY_ID="wrong",
