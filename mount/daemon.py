@@ -256,9 +256,7 @@ class Daemon:
             log.warning("%s; this mount has no HTTP API", exc)
             self._health.notices.append(str(exc))
             return
-        api = HttpApi(
-            catalog_path=self._config.store.catalog_path, health=self._health, is_ready=lambda: self._mounted
-        )
+        api = HttpApi(catalog_path=self._config.store.catalog_path, health=self._health, is_ready=lambda: self._mounted)
         self._status.http_url = url_of(listening)
         log.info("HTTP API at %s", self._status.http_url)
         try:

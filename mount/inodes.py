@@ -1,9 +1,9 @@
 """The number space of inodes: which tree a number belongs to. Allocated numbers come from the catalog.
 
-    1 .. 1023             fixed directories and files of the mount
-    1024 .. 2^61 - 1      allocated by the catalog: names, packages' entries, ingest
-    2^61 + n              directories of by-digest/: n < 256 for ab, 256 + 16 bits for ab/cd
-    2^62 + blob_id        files of by-digest/
+1 .. 1023             fixed directories and files of the mount
+1024 .. 2^61 - 1      allocated by the catalog: names, packages' entries, ingest
+2^61 + n              directories of by-digest/: n < 256 for ab, 256 + 16 bits for ab/cd
+2^62 + blob_id        files of by-digest/
 """
 
 from __future__ import annotations

@@ -97,9 +97,7 @@ class CastoreOperations(pyfuse3.Operations):
     # looking
 
     @guarded
-    async def lookup(
-        self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.EntryAttributes:
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         if name == b".":
             return self._attributes(parent_inode)
         if name == b"..":
@@ -260,9 +258,7 @@ class CastoreOperations(pyfuse3.Operations):
             raise ReadOnly("only packages/NAME takes a version")
         if not node.is_version:
             raise InvalidName("only ingest/NAME/VERSION can be published")
-        await self._ingest.publisher.publish(
-            node.inode, target.name, new_name, wait_seconds=self._publish_wait_seconds
-        )
+        await self._ingest.publisher.publish(node.inode, target.name, new_name, wait_seconds=self._publish_wait_seconds)
         self.forget_latest(target.name)
 
     def forget_latest(self, name: str) -> None:
@@ -366,5 +362,3 @@ class CastoreOperations(pyfuse3.Operations):
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         if fh != ROOT and self._files.has(fh):
             await self._files.sync_directory(fh, wait_seconds=self._sync_wait_seconds)
-
-

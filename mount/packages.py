@@ -226,5 +226,3 @@ def _package_attribute(package: Package, name: bytes) -> bytes | None:
         b"user.castore.digest": str(package.manifest_digest),
         b"user.castore.backend": ",".join(package.backend_ids),
     }.get(name, "").encode() or None
-
-

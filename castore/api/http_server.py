@@ -233,7 +233,6 @@ class _Connection:
         if scope.cancelled_caught:
             raise trio.BrokenResourceError("the caller takes no answer")
 
-
     async def _part(self) -> None:
         """Take what the caller is still sending: a socket that is closed before loses the answer on its way."""
         with trio.move_on_after(PART_SECONDS):

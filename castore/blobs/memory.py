@@ -119,6 +119,11 @@ class SpanMemory:
         if span in self._kept:
             self.unread_bytes -= blocks.bit_count() * span.known.block_size
 
+    def clear(self) -> None:
+        """Keep nothing of what has arrived. What readers hold stays true, what is on its way arrives."""
+        while self._kept:
+            self._evict()
+
     def _evict(self) -> None:
         oldest = next(iter(self._kept))
         self._forget(oldest)

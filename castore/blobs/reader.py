@@ -9,6 +9,7 @@ import trio
 
 from castore.blobs.fetch import BadLocation, BlockFetcher
 from castore.blobs.flights import Flights
+from castore.blobs.idle import forget_when_idle
 from castore.blobs.memory import MEMORY_BYTES, KnownBlob, SpanMemory
 from castore.blobs.open_blob import OpenBlob
 from castore.blobs.stats import ReadStats
@@ -53,7 +54,9 @@ class BlobReader:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Fetch what reads ask for, until cancelled. Before and after it only what is in memory can be read."""
-        await self._flights.run(task_status=task_status)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(forget_when_idle, self._memory, self.stats)
+            await self._flights.run(task_status=task_status)
 
     def open(self, blob: Blob) -> OpenBlob:
         """A handle on the blob. Asks neither the catalog nor a backend; close it when done."""

@@ -102,5 +102,3 @@ def published_event(draft: Draft, manifest: Digest, file_count: int, size_bytes:
         },
         time_ns=draft.published_at_ns,
     )
-
-

@@ -204,9 +204,7 @@ class Publisher:
             self._store.update_node(version_inode, error=str(exc))
             raise
 
-    async def _publish(
-        self, version_inode: int, name: str, version: str, wait_seconds: float, report: Report
-    ) -> None:
+    async def _publish(self, version_inode: int, name: str, version: str, wait_seconds: float, report: Report) -> None:
         deadline = trio.current_time() + wait_seconds
         await self._check_absent(name, version)
         if self._tree.version_path(version_inode)[0] != name:
@@ -284,9 +282,7 @@ class Publisher:
         path = self._manifests / f"{draft.root.inode:x}"
         try:
             summary = await trio.to_thread.run_sync(write_draft, path, draft, self._store.path, self._files.path)
-            self._store.begin_publishing(
-                Publishing(draft.root.inode, draft.name, draft.version, summary.digest.raw)
-            )
+            self._store.begin_publishing(Publishing(draft.root.inode, draft.name, draft.version, summary.digest.raw))
             # The note must not be lost by a power cut that keeps the manifest.
             await self._files.sync_names()
             pairs = [(summary.digest, backend_id) for backend_id in draft.backend_ids]

@@ -164,9 +164,7 @@ class IngestTree:
         with self._store.transaction():
             if above is None:
                 self._name_inodes(name.decode())
-            return self._insert(
-                above, parent, name, inode, version_inode, Kind.DIRECTORY, mode=mode, uid=uid, gid=gid
-            )
+            return self._insert(above, parent, name, inode, version_inode, Kind.DIRECTORY, mode=mode, uid=uid, gid=gid)
 
     def create(self, parent: int, name: bytes, *, mode: int, uid: int, gid: int) -> Node:
         """Make an empty file in a version; its state is `receiving`."""

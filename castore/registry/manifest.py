@@ -91,9 +91,7 @@ def read_manifest(path: Path) -> tuple[ManifestHeader, Iterator[ManifestEntry]]:
     if first["castore_manifest"] != FORMAT_VERSION:
         raise FormatError(f"{path}: manifest version {first['castore_manifest']}; this castore reads {FORMAT_VERSION}")
     try:
-        header = ManifestHeader(
-            **{key: first[key] for key in _HEADER_KEYS}, backend_ids=tuple(first["backend_ids"])
-        )
+        header = ManifestHeader(**{key: first[key] for key in _HEADER_KEYS}, backend_ids=tuple(first["backend_ids"]))
     except KeyError as exc:
         raise FormatError(f"{path}: the header lacks {exc}") from exc
     return header, _entries(path, lines)

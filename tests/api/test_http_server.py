@@ -92,7 +92,12 @@ async def test_nothing_can_be_changed(served: Served, method: str) -> None:
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: " + b"x" * 2 * REQUEST_MAX_BYTES + b"\r\n\r\n", 431),
+        (
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: "
+            + b"x" * 2 * REQUEST_MAX_BYTES
+            + b"\r\n\r\n",
+            431,
+        ),
         (b"GET /%ff HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 400),
         (b"GET /?x=%ff HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 400),
         (b"GET http://[/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 400),
@@ -107,14 +112,18 @@ async def test_requests_out_of_shape(served: Served, request_bytes: bytes, statu
     assert (await served.get("/still")).status == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80", "", "[::1", "a:b"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80", "", "[::1", "a:b"]
+)
 async def test_names_of_others_that_lead_here_are_refused(served: Served, host: str) -> None:
     caller = await served.connect()
     async with caller.stream:
         assert (await caller.get("/a", host=host)).status == 421
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8750", "127.0.0.1", "127.0.0.1:8750", "[::1]:8750", "10.1.2.3"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:8750", "127.0.0.1", "127.0.0.1:8750", "[::1]:8750", "10.1.2.3"]
+)
 async def test_addresses_are_answered(served: Served, host: str) -> None:
     caller = await served.connect()
     async with caller.stream:

@@ -72,9 +72,7 @@ async def test_a_result_is_given_again_while_it_is_fresh(
     assert quick.probe_count == 2
 
 
-async def test_nobody_waits_for_one_that_hangs(
-    autojump_clock: MockClock, probes: BackendProbes, slow: Patient
-) -> None:
+async def test_nobody_waits_for_one_that_hangs(autojump_clock: MockClock, probes: BackendProbes, slow: Patient) -> None:
     slow.seconds = 3600
     started = trio.current_time()
     found = await probes.latest()

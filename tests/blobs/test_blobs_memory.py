@@ -6,7 +6,9 @@ import os
 import tracemalloc
 
 import trio
+import trio.testing
 
+from castore.blobs.idle import IDLE_SECONDS
 from castore.blobs.memory import MEMORY_BYTES, SPAN_OVERHEAD_BYTES
 from tests.blobs.blob_world import BLOCK, MIB, World, until
 
@@ -121,3 +123,18 @@ async def test_stalled_gets_evict_nothing(world: World, nursery: trio.Nursery, l
         await until(lambda: backend.under_way == 8)
         assert await file.read(100, 1000) == large[100:1100]
         backend.open.set()
+
+
+async def test_nothing_is_kept_while_nobody_reads(
+    world: World, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    reader = world.reader()
+    await nursery.start(reader.run)
+    data = os.urandom(2 * MIB)
+    file = reader.open(await world.add(data, "first"))
+    held = await file.read(0, BLOCK)
+    assert reader.kept_bytes > 0
+    await trio.sleep(IDLE_SECONDS * 3)
+    assert reader.kept_bytes == 0
+    assert held == data[:BLOCK]
+    assert await file.read(0, BLOCK) == data[:BLOCK]

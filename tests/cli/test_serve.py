@@ -53,9 +53,7 @@ def store(cli: Cli, tmp_path: Path, place: Place) -> PublishedStore:
 @contextlib.contextmanager
 def serving(cli: Cli, *arguments: str, number: int = signal.SIGTERM) -> Iterator[str]:
     """The URL of a server; ended by a signal, cleanly."""
-    with cli.start(
-        "serve", "--json", *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with cli.start("serve", "--json", *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()

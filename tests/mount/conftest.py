@@ -36,9 +36,7 @@ def make_store(tmp_path: Path) -> Iterator[Callable[..., MountedStore]]:
     stores: list[MountedStore] = []
     outside: list[Path] = []
 
-    def make(
-        ingest: str = "", *, reachable: bool = False, place: Place | None = None, port: int = 0
-    ) -> MountedStore:
+    def make(ingest: str = "", *, reachable: bool = False, place: Place | None = None, port: int = 0) -> MountedStore:
         root = Path(tempfile.mkdtemp(dir=None if reachable else tmp_path, prefix="castore-" if reachable else "s"))
         if reachable:
             outside.append(root)

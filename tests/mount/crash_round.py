@@ -150,8 +150,8 @@ class CrashRounds:
 
     def _check_inodes(self, told: Told) -> None:
         """No number that was ever given to one file is given to another."""
-        trees = [told.tree, *told.published.values()]
-        used = {facts["inode"] for tree in trees for facts in tree.values() if facts is not None}
+        facts = [*told.tree.values(), *(facts for tree in told.published.values() for facts in tree.values())]
+        used = {known["inode"] for known in facts if known is not None}
         assert not used & self.inodes
         self.inodes |= used
 

@@ -213,7 +213,7 @@ class Writer:
 
 
 def main() -> None:
-    """Arguments: the mount, a seed, the number of the first version, the most steps in a version, 1 to publish only what is stored."""
+    """Arguments: the mount, a seed, the first version's number, the most steps in one, 1 to publish only what is stored."""
     writer = Writer(sys.argv[1], *map(int, sys.argv[2:]))
     try:
         while True:

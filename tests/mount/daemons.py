@@ -19,7 +19,7 @@ STOP_SECONDS = 30.0
 @contextmanager
 def foreground(store: MountedStore) -> Iterator[subprocess.Popen[str]]:
     """A daemon in the foreground, mounted; ended at the end if it still runs."""
-    command = [sys.executable, "-m", "castore.cli", "--config", store.config, "mount", store.mnt]
+    command: list[str | Path] = [sys.executable, "-m", "castore.cli", "--config", store.config, "mount", store.mnt]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             wait_until(lambda: mount_at(store.mnt) or process.poll() is not None, "the mount is there")

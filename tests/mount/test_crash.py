@@ -1,4 +1,4 @@
-"""`kill -9` of the daemon, then a restart over the dead mount: what must still be there, in whole rounds and one by one."""
+"""`kill -9` of the daemon, then a restart over the dead mount: what must still be there. In rounds, and one by one."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def test_unzip(shared_store: MountedStore, tmp_path: Path) -> None:
         archive.writestr("a b/ü.bin", bytes(range(256)) * 999)
         archive.writestr("empty/", "")
     box = shared_store.ingest("zipped/1")
-    run_tool("unzip", "-q", tmp_path / "some.zip", "-d", box)
+    run_tool("unzip", "-q", tmp_path / "some.zip", "-d", box, env={**os.environ, "LC_ALL": "C.UTF-8"})
     package = shared_store.publish("zipped/1")
     assert (package / "top.txt").read_text() == "top\n" * 1000
     assert (package / "a b/ü.bin").read_bytes() == bytes(range(256)) * 999

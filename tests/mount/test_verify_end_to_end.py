@@ -1,4 +1,4 @@
-"""The whole way on a real mount: in, published, read back, damaged, found, told, and mended. Alike for every backend."""
+"""The whole way on a real mount: in, published, read back, damaged, found, told, mended. Alike for every backend."""
 
 from __future__ import annotations
 

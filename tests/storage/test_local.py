@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import tempfile
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ DATA = bytes(range(256)) * 40
 DIGEST = Digest.of(DATA)
 OTHER_DATA = b"other bytes"
 OTHER = Digest.of(OTHER_DATA)
+ABSENT = Digest.of(b"absent")
 
 CALLS: dict[str, Callable[[LocalBackend], Awaitable[object]]] = {
     "put": lambda backend: backend.put(OTHER, BytesSource(OTHER_DATA)),
@@ -59,6 +61,24 @@ async def until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(30):
         while not condition():  # noqa: ASYNC110 - an abandoned thread tells nobody
             await trio.sleep(0.005)
+
+
+class HangingDisk(LocalBackend):
+    """Reads of one object wait in their thread, as on a disk that hangs, until they may go on."""
+
+    def __init__(self, backend_id: str, path: Path, *, read_threads: int = 16) -> None:
+        super().__init__(backend_id, path, read_threads=read_threads)
+        self.hanging: Digest | None = None
+        self.go_on, self.went_on = threading.Event(), threading.Event()
+
+    def _read(self, digest: Digest, buffer: memoryview, offset: int) -> bool:
+        if digest != self.hanging:
+            return super()._read(digest, buffer, offset)
+        self.go_on.wait()
+        try:
+            return super()._read(digest, buffer, offset)
+        finally:
+            self.went_on.set()
 
 
 @contextmanager
@@ -263,7 +283,7 @@ async def test_a_cancelled_get_leaves_the_buffer_to_its_owner(tmp_path: Path) ->
 
 
 async def test_cached_bytes_need_no_thread_where_the_file_system_can_tell(tmp_path: Path) -> None:
-    backend = LocalBackend("local", tmp_path, read_threads=1)
+    backend = HangingDisk("local", tmp_path, read_threads=1)
     await backend.create()
     for digest, data in ((DIGEST, DATA), (OTHER, OTHER_DATA)):
         await backend.put(digest, BytesSource(data))
@@ -274,16 +294,14 @@ async def test_cached_bytes_need_no_thread_where_the_file_system_can_tell(tmp_pa
         except OSError:
             can_tell = False
 
-    hanging = tmp_path / key_of(OTHER)
-    hanging.unlink()
-    os.mkfifo(hanging)
+    backend.hanging = ABSENT
     with trio.move_on_after(0.05):
-        await backend.get(OTHER, offset=0, length=1)  # keeps the only thread
+        await backend.get(ABSENT, offset=0, length=1)  # keeps the only thread
     answered = False
     with trio.move_on_after(5 if can_tell else 0.05):
         answered = await backend.get(DIGEST, offset=0, length=len(DATA)) == DATA
     assert answered == can_tell
-    os.close(os.open(hanging, os.O_WRONLY))
+    backend.go_on.set()
 
 
 async def test_a_large_cached_read_lets_other_tasks_run(backend: LocalBackend) -> None:
@@ -413,18 +431,36 @@ async def test_a_folder_that_may_be_read_but_not_written() -> None:
         assert [file.name for file in backend.path.iterdir()] == [ROOT_MARK]
 
 
-async def test_a_disk_that_hangs_costs_a_thread_and_no_caller(backend: LocalBackend) -> None:
+async def test_a_disk_that_hangs_costs_a_thread_and_no_caller(tmp_path: Path) -> None:
+    backend = HangingDisk("local", tmp_path)
+    await backend.create()
     await backend.put(DIGEST, BytesSource(DATA))
-    stored = backend.path / key_of(DIGEST)
-    stored.unlink()
-    os.mkfifo(stored)  # opening it blocks until somebody writes
+    backend.hanging = DIGEST
     buffer = bytearray(b"\xee" * len(DATA))
     with pytest.raises(StorageTimeout):
         await DeadlineBackend(backend, base_s=0.05).get(DIGEST, offset=0, length=len(DATA), into=buffer)
     await backend.put(OTHER, BytesSource(OTHER_DATA))
     assert await backend.get(OTHER, offset=0, length=len(OTHER_DATA)) == OTHER_DATA
-    os.close(os.open(stored, os.O_WRONLY))  # the thread goes on
+    backend.go_on.set()
+    await trio.to_thread.run_sync(backend.went_on.wait)
     assert buffer == b"\xee" * len(DATA)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+async def test_what_is_no_file_is_no_object(backend: LocalBackend, make: Callable[[Path], None]) -> None:
+    """Opening a pipe would even wait for whoever writes to it."""
+    await backend.put(DIGEST, BytesSource(DATA))
+    stored = backend.path / key_of(DIGEST)
+    stored.unlink()
+    make(stored)
+    with trio.fail_after(5):
+        for _ in range(2):
+            with pytest.raises(ObjectMissing):
+                await backend.get(DIGEST, offset=0, length=1)
+        with pytest.raises(ObjectMissing):
+            await backend.head(DIGEST)
+        async with backend.list("sha256") as objects:
+            assert [item async for item in objects] == []
 
 
 @pytest.mark.parametrize("name", CALLS)
