@@ -174,7 +174,7 @@ class Daemon:
             pyfuse3.init(self._operations, str(self._path), options)
         except RuntimeError as exc:
             raise StateError(
-                f"{self._path}: cannot be mounted ({exc}); is /dev/fuse there, and does /etc/fuse.conf allow the options?"
+                f"{self._path}: cannot be mounted ({exc}); is there /dev/fuse, and does /etc/fuse.conf allow it?"
             ) from exc
         self._mounted = True
 
@@ -316,6 +316,7 @@ class Daemon:
                 self._unmounted = await trio.to_thread.run_sync(mountpoint.try_unmount, self._path)
                 if not self._unmounted:
                     raise StateError(await trio.to_thread.run_sync(mountpoint.busy_message, self._path))
+                waits.end()  # those who asked are gone
             finally:
                 self._unmounting.release()
         return {"staged_files": files, "staged_bytes": size_bytes}
@@ -353,7 +354,7 @@ def _take_lock(path: Path, state_dir: Path) -> int:
         holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip()
         os.close(descriptor)
         raise StateLocked(
-            f"{state_dir}: another daemon (pid {holder or 'unknown'}) writes there; unmount it, or use another state_dir"
+            f"{state_dir}: another daemon (pid {holder or 'unknown'}) writes there; unmount it or set another state_dir"
         ) from exc
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)

@@ -1,4 +1,4 @@
-"""The place to mount at: checked before, cleared of a dead mount, named when it is busy. It never looks inside a mount."""
+"""The place to mount at: checked before, cleared of a dead mount, named when busy. It never looks inside a mount."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gives memory back when nobody reads: a daemon that idles shares its host. What is kept while reading is not its affair."""
+"""Gives memory back when nobody reads, as a good guest of its host. It does not decide what is kept while reading."""
 
 from __future__ import annotations
 

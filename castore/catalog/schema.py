@@ -86,8 +86,8 @@ _TABLES_1: Final = (
         backend_ids TEXT NOT NULL,            -- JSON array: the backends that publish waited for, the primary one first
         UNIQUE (name, version)
     )""",
-    # The names in packages. The implicit rowid that ends every index makes entries_by_parent (parent, entry_id): readdir
-    # is one range scan whose cookie is the entry_id.
+    # The names in packages. The implicit rowid that ends every index makes entries_by_parent (parent, entry_id):
+    # readdir is one range scan whose cookie is the entry_id.
     """CREATE TABLE entries (
         entry_id INTEGER PRIMARY KEY,         -- from the 'inode' sequence; equals inode for an inode's first name
         parent_id INTEGER NOT NULL,           -- inode of the directory; of packages/NAME for a root

@@ -1,4 +1,4 @@
-"""The ingest tree's rows: nodes, links, attributes. Only SQL; the rules of a file system are in `castore/ingest/tree.py`.
+"""The ingest tree's rows: nodes, links, attributes. Only SQL: the rules of a file system are in `ingest/tree.py`.
 
 The workspace is a database of its own, private to the writing daemon: it commits on every name that a user makes, so it
 runs with `synchronous = NORMAL` (a commit is a write to the page cache and survives a kill) and `sync()` makes all of
@@ -215,7 +215,8 @@ class WorkspaceStore:
         """(inode, error) of some linked file of a version in one of the states, or None."""
         for state in states:
             row = self._execute(
-                "SELECT inode, error FROM nodes WHERE state = ? AND state <> '' AND version_inode = ? AND nlink > 0 LIMIT 1",
+                "SELECT inode, error FROM nodes WHERE state = ? AND state <> '' AND version_inode = ? AND nlink > 0 "
+                "LIMIT 1",
                 (state, version_inode),
             ).fetchone()
             if row is not None:
@@ -235,7 +236,8 @@ class WorkspaceStore:
         """Files and bytes by state, of one version or of all."""
         where = "" if version_inode is None else "AND version_inode = ?"
         rows = self._execute(
-            f"SELECT state, count(*), sum(size_bytes) FROM nodes WHERE state <> '' AND nlink > 0 {where} GROUP BY state",
+            f"SELECT state, count(*), sum(size_bytes) FROM nodes WHERE state <> '' AND nlink > 0 {where} "
+            "GROUP BY state",
             () if version_inode is None else (version_inode,),
         )
         return [StateCount(*row) for row in rows]

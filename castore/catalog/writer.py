@@ -223,7 +223,8 @@ class Transaction:
     def unstored_file(self, version_inode: int, backend_id: str) -> int:
         """The inode of some file of the attached workspace's version that has no good location there, or 0."""
         row = self._execute(
-            "SELECT inode FROM workspace.nodes AS node WHERE version_inode = ? AND kind = 2 AND nlink > 0 AND NOT EXISTS ("
+            "SELECT inode FROM workspace.nodes AS node "
+            "WHERE version_inode = ? AND kind = 2 AND nlink > 0 AND NOT EXISTS ("
             "  SELECT 1 FROM blobs JOIN storage_locations AS location USING (blob_id) WHERE blobs.digest = node.digest "
             "  AND blobs.algorithm = node.algorithm AND backend_id = ? AND location.status IN (?, ?)) LIMIT 1",
             (version_inode, backend_id, *_GOOD),
@@ -242,7 +243,7 @@ class Transaction:
     def copy_entries(
         self, version_inode: int, *, parent_id: int, name: str, now_ns: int, owner: tuple[int, int] | None
     ) -> None:
-        """Make entries of the attached workspace's version, inodes kept; `owner` (uid, gid) replaces each entry's own."""
+        """Make entries of the attached workspace's version, inodes kept; `owner` (uid, gid) replaces each one's."""
         uid, gid = owner if owner is not None else (None, None)
         self._execute(
             "INSERT INTO entries SELECT link_id, iif(link.inode = :root, :parent, link.parent), "

@@ -1,4 +1,4 @@
-"""`castore init`: make a configuration, a state directory, a catalog and the folders of local backends. Mounts nothing.
+"""`castore init`: make a configuration, a state directory, a catalog and the place of each backend. Mounts nothing.
 
 What is there is kept, so it can be run again at any time; even `--force` sets a configuration aside, and deletes none.
 """
@@ -17,7 +17,7 @@ import click
 
 from castore.cli.output import print_columns, print_json, printable
 from castore.cli.session import Session, common_options, json_option
-from castore.errors import ConfigError, StateError
+from castore.errors import CastoreError, ConfigError, StateError, StorageError
 
 if TYPE_CHECKING:
     from castore.config import Config
@@ -89,18 +89,19 @@ default = "local"
 def command(session: Session, state_dir: Path | None, force: bool, as_json: bool) -> None:
     """Write a commented castore.toml and create the catalog.
 
-    Run again, it creates what is missing and says what is there.
+    It makes the place of each backend, too: a folder or a bucket. Run again, it creates what is missing and says what
+    is there. A backend that cannot be made keeps nothing else from being made.
     """
     import trio
 
     from castore.catalog.connection import create_catalog
-    from castore.config import LocalSettings, find_config, load_config, user_config_path
+    from castore.config import find_config, load_config, user_config_path
     from castore.storage.open import create_backend
 
     steps: list[dict[str, Any]] = []
 
-    def note(what: str, path: Path, created: bool) -> None:
-        steps.append({"what": what, "path": str(path), "created": created})
+    def note(what: str, path: Path | str, created: bool) -> None:
+        steps.append({"what": what, "path": str(path), "created": created, "error": None})
 
     config_path = find_config(session.config_path, os.environ) or user_config_path().absolute()
     fresh = force or not os.path.lexists(config_path)
@@ -117,16 +118,26 @@ def command(session: Session, state_dir: Path | None, force: bool, as_json: bool
     note("state directory", config.store.state_dir, _make_folder(config.store.state_dir))
     note("catalog", config.store.catalog_path, not config.store.catalog_path.exists())
     create_catalog(config.store.catalog_path)
+    errors: list[CastoreError] = []
     for backend_id, settings in config.backends.items():
-        if isinstance(settings, LocalSettings):
-            note(f"backend {backend_id}", settings.path, not settings.path.exists())
-            trio.run(create_backend, settings)
+        note(f"backend {backend_id}", settings.place, False)
+        try:
+            steps[-1]["created"] = trio.run(create_backend, settings)
+        except (StorageError, ConfigError) as exc:
+            steps[-1]["error"] = str(exc)
+            errors.append(exc)
     if as_json:
         print_json({"config": str(config_path), "state_dir": str(config.store.state_dir), "steps": steps})
     else:
-        print_columns(
-            ("created" if step["created"] else "exists", step["what"], printable(step["path"])) for step in steps
-        )
+        print_columns((_state_of(step), step["what"], printable(step["path"])) for step in steps)
+    if errors:
+        raise errors[0] if len(errors) == 1 else StorageError("; ".join(map(str, errors)))
+
+
+def _state_of(step: Mapping[str, Any]) -> str:
+    if step["error"] is not None:
+        return "failed"
+    return "created" if step["created"] else "exists"
 
 
 def template(state_dir: Path | None) -> str:

@@ -1,7 +1,7 @@
 """Publish: an ingest version becomes a package, whole or not at all. Waiting for puts, then one transaction.
 
-Order, and what a crash leaves: the version is frozen; its manifest file is written; the workspace notes the publish; the
-manifest's intents are committed and it is put in every backend of the route; one catalog transaction makes package,
+Order, and what a crash leaves: the version is frozen; its manifest file is written; the workspace notes the publish;
+the manifest's intents are committed and it is put in every backend of the route; one catalog transaction makes package,
 entries and event (the moment of truth); the workspace forgets the version. Before that moment recovery deletes the
 manifest, after it recovery finishes forgetting.
 """
@@ -192,8 +192,8 @@ class Publisher:
         """Publish an ingest version as NAME/VERSION; returns when G1 holds.
 
         Raises PackageExists, PublishBusy (open for writing; or not stored within `wait_seconds`; or being published by
-        someone else), InvalidName (another NAME), SumsMismatch, StorageError, StateError. On every error the ingest tree is as before, and the
-        reason is the version's error.
+        someone else), InvalidName (another NAME), SumsMismatch, StorageError, StateError. On every error the ingest
+        tree is as before, and the reason is the version's error.
         """
         self._store.update_node(version_inode, error="")
         try:

@@ -1,4 +1,4 @@
-"""What a daemon does before it serves a workspace that another one left, perhaps killed. Nothing is done while serving."""
+"""What a daemon does first with a workspace that another one left, perhaps killed. Nothing of it is done later."""
 
 from __future__ import annotations
 

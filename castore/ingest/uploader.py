@@ -245,9 +245,9 @@ class Uploader:
             upload.followers.extend(again)
             failed = [inode for inode in upload.inodes if inode not in again]
             # A file that changed or went meanwhile does not match: nobody is interested in that put any more.
-            if any(
-                [self._store.move_state(inode, digest, state="failed", error=to_text(upload.error)) for inode in failed]
-            ):
+            text = to_text(upload.error)
+            moved = [self._store.move_state(inode, digest, state="failed", error=text) for inode in failed]
+            if any(moved):
                 log.warning("put of %s failed: %s", digest, upload.error)
                 if upload.error.temporary:
                     self._retry_seconds = min(max(RETRY_SECONDS_MIN, self._retry_seconds * 2), RETRY_SECONDS_MAX)

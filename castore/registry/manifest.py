@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,8 @@ def read_manifest(path: Path) -> tuple[ManifestHeader, Iterator[ManifestEntry]]:
         header = ManifestHeader(**{key: first[key] for key in _HEADER_KEYS}, backend_ids=tuple(first["backend_ids"]))
     except KeyError as exc:
         raise FormatError(f"{path}: the header lacks {exc}") from exc
+    except TypeError as exc:
+        raise FormatError(f"{path}: the header is not well formed: {exc}") from exc
     return header, _entries(path, lines)
 
 
@@ -166,7 +169,7 @@ def _entries(path: Path, lines: Iterator[dict[str, Any]]) -> Iterator[ManifestEn
     count = 0
     for item in lines:
         if "end" in item:
-            if item["end"].get("entry_count") != count or next(lines, None) is not None:
+            if item["end"] != {"entry_count": count} or next(lines, None) is not None:
                 raise FormatError(f"{path}: the footer does not agree with the {count} entries")
             return
         try:
@@ -202,5 +205,5 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 if not isinstance(item, dict):
                     raise FormatError(f"{path}: a line is not a JSON object")
                 yield item
-    except (EOFError, gzip.BadGzipFile, ValueError) as exc:
+    except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as exc:
         raise FormatError(f"{path}: not a whole manifest: {exc}") from exc

@@ -38,13 +38,13 @@ def wrap(backend: StorageBackend, *, reads: int, writes: int) -> StorageBackend:
     return RetryingBackend(LimitedBackend(DeadlineBackend(backend), reads=reads, writes=writes))
 
 
-async def create_backend(settings: BackendSettings) -> None:
-    """Make the place where the backend keeps its objects. Succeeds when it is there.
+async def create_backend(settings: BackendSettings) -> bool:
+    """Make the place where the backend keeps its objects; False when it is there already.
 
     Raises StorageError, and ConfigError as `open_backend` does.
     """
     async with _opened(settings) as backend:
-        await backend.create()
+        return await backend.create()
 
 
 async def sweep_backend(settings: BackendSettings) -> int:

@@ -228,5 +228,5 @@ def test_ipv6() -> None:
 
 
 def test_a_host_that_does_not_exist() -> None:
-    with pytest.raises(StateError, match="cannot listen at name.invalid:1"):
+    with pytest.raises(StateError, match=r"cannot listen at name\.invalid:1"):
         open_listener("name.invalid", 1)

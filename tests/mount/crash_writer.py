@@ -1,8 +1,8 @@
-"""A program, not a test: writes, changes and publishes versions below a mount until the daemon dies, and tells each step.
+"""A program, not a test: writes and publishes below a mount until the daemon dies, and tells each step.
 
 Each step is two lines of JSON on standard output. Before: `{"begin": ..., "paths": {path: [facts, ...]}}`, what each
 path may turn out to be if the daemon dies in the midst of it (`null`: absent; an empty list: anything). After:
-`{"end": {path: facts}}`. Paths are relative to the mount. A publish says `{"publish": REF}` and then `{"published": REF}`.
+`{"end": {path: facts}}`. Paths are relative to the mount. A publish says `{"publish": REF}`, then `{"published": REF}`.
 Ends with `{"died": ERRNO}`, from the first call that failed. Standard library only, so that it starts fast.
 """
 
@@ -213,7 +213,7 @@ class Writer:
 
 
 def main() -> None:
-    """Arguments: the mount, a seed, the first version's number, the most steps in one, 1 to publish only what is stored."""
+    """Arguments: the mount, a seed, the first version, the most steps in one, 1 to publish only what is stored."""
     writer = Writer(sys.argv[1], *map(int, sys.argv[2:]))
     try:
         while True:

@@ -1,4 +1,4 @@
-"""A backend that fails under a real mount: publish says why, reads never give wrong bytes, and what is mended is used."""
+"""A backend that fails under a real mount: publish says why, reads never give wrong bytes, what is mended is used."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
-import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,17 +19,28 @@ from tests.mount.store import WAIT_SECONDS, MountedStore, run_tool
 MODES = ((), ("--background",))
 
 
-def listing(root: Path) -> dict[str, tuple[int, int, str]]:
-    """Everything below a folder: mode, size and digest. Without what every start of a daemon writes: its log and lock."""
+def listing(root: Path) -> dict[str, tuple[int, str]]:
+    """Everything below a folder but the mount: mode and digest, of a database that of what it holds.
+
+    Left out is what every start writes: the log, the lock, and the side files that SQLite makes even for a reader.
+    """
     found = {}
-    for path in sorted(root.rglob("*")):
-        name = str(path.relative_to(root))
-        if name == "mnt" or name.startswith(("state/log", "state/run")):
-            continue
-        status = path.lstat()
-        text = hashlib.sha256(path.read_bytes()).hexdigest() if stat.S_ISREG(status.st_mode) else ""
-        found[name] = (status.st_mode, status.st_size, text)
+    for folder, folders, files in os.walk(root):
+        for left_out in {"mnt", "log", "run"} & set(folders):
+            folders.remove(left_out)
+        for name in [*folders, *(name for name in files if not name.endswith(("-shm", "-wal")))]:
+            path = Path(folder, name)
+            found[str(path.relative_to(root))] = (path.lstat().st_mode, "" if path.is_dir() else digest_of(path))
     return found
+
+
+def digest_of(path: Path) -> str:
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+            content = "\n".join(connection.iterdump()).encode()
+    except sqlite3.DatabaseError:
+        content = path.read_bytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def refused(store: MountedStore, *arguments: str | Path, mode: tuple[str, ...] = ()) -> str:
@@ -65,11 +75,11 @@ secret_key_ref = "file:/nowhere/secret"
 SETTINGS = {
     "unknown key": ("[ingest]\n", "[ingest]\npublish_wiat = '5s'\n", "ingest.publish_wiat"),
     "unknown table": ("[routing]", "[rooting]", "rooting"),
-    "wrong type": ("[ingest]\n", "[ingest]\nstaging_max_bytes = true\n", "ingest.staging_max_bytes = True: expected"),
+    "wrong type": ("[ingest]\n", "[ingest]\nstaging_max_bytes = true\n", "ingest.staging_max_bytes = true: expected"),
     "bad value": ("[ingest]\n", "[ingest]\npublish_wait = 'soon'\n", "ingest.publish_wait = 'soon': expected"),
     "no such backend": ('default = "local"', 'default = "lokal"', "routing.default = 'lokal': expected"),
     "no TOML": ("[ingest]", "[ingest", "is not TOML"),
-    "reference": ("[routing]", S3, "CASTORE_TEST_IS_NOT_SET"),
+    "reference": ("[routing]", S3, "remote.access_key_ref: cannot resolve env:CASTORE_TEST_IS_NOT_SET: the environment"),
 }
 
 
@@ -80,8 +90,8 @@ def test_settings(make_store: Callable[..., MountedStore], case: str, mode: tupl
     old, new, said = SETTINGS[case]
     write_config(store, old, new)
     line = refused(store, mode=mode)
-    assert line.startswith(f"{store.config}: ")
     assert said in line
+    assert str(store.config) in line or case == "reference"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -119,7 +129,8 @@ def test_catalogs(make_store: Callable[..., MountedStore], mode: tuple[str, ...]
     catalog.write_bytes(os.urandom(8192))
     assert refused(store, mode=mode).startswith(f"{catalog}: file is not a database; restore it from a backup")
     catalog.write_bytes(b"")
-    assert refused(store, mode=mode) == f"{catalog}: is not finished; run `castore init`"
+    line = refused(store, mode=mode)
+    assert line.startswith(f"{catalog}: is not finished, or of an older castore; run `castore init`")
     catalog.unlink()
     assert refused(store, mode=mode) == f"{catalog}: there is no catalog; run `castore init`"
     store.state.rename(store.root / "elsewhere")

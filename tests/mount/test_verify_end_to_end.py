@@ -20,9 +20,10 @@ from tests.damage import DAMAGES, do, flip_a_bit, remove
 from tests.event_schemas import check_event
 from tests.mount.store import WAIT_SECONDS, MountedStore, fails, run_tool, wait_until
 from tests.mount.trees import make_tree, snapshot
-from tests.places import Place
+from tests.places import PLACES, Place
 
 LOCATION_VERIFIED = "v1.storage.location_verified"
+everywhere = pytest.mark.parametrize("place", PLACES, indirect=True)
 RSS_KIB = 120 * 1024
 """What an idle daemon may take, its HTTP API in use."""
 
@@ -74,6 +75,7 @@ def events(store: MountedStore) -> list[dict[str, Any]]:
     return found
 
 
+@everywhere
 def test_from_copying_in_to_mending(store: MountedStore, tmp_path: Path) -> None:
     # In, published, read back after a restart.
     source = tmp_path / "source"
@@ -122,6 +124,7 @@ def test_from_copying_in_to_mending(store: MountedStore, tmp_path: Path) -> None
     assert (package / "lib/big").read_bytes() == (source / "share/3000000").read_bytes()
 
 
+@everywhere
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_each_kind_of_damage(store: MountedStore, kind: str) -> None:
     break_it, reason = DAMAGES[kind]
@@ -140,6 +143,7 @@ def test_each_kind_of_damage(store: MountedStore, kind: str) -> None:
     assert (summary["failed"], summary["verified"]) == (1, 20)
 
 
+@everywhere
 def test_a_read_that_meets_damage_says_so_like_verify(store: MountedStore) -> None:
     data = os.urandom(300_000)
     (store.ingest("demo/1") / "a").write_bytes(data)
@@ -163,6 +167,7 @@ def test_a_read_that_meets_damage_says_so_like_verify(store: MountedStore) -> No
     assert health(store)["checks"]["blobs:unreadable"][0]["packages"] == ["demo/1"]
 
 
+@everywhere
 def test_an_unreachable_backend_fails_no_location(store: MountedStore, place: Place) -> None:
     (store.ingest("demo/1") / "a").write_bytes(b"a")
     package = store.publish("demo/1")
@@ -204,6 +209,7 @@ def test_a_port_that_is_taken_does_not_prevent_mounting(make_store: Callable[...
     assert store.log().count(line) == 1
 
 
+@everywhere
 def test_an_idle_daemon_is_small(store: MountedStore) -> None:
     url = store.status()["http_url"]
     for path in ("health", "readyz", "v1/events"):

@@ -95,6 +95,19 @@ def test_cut_anywhere_is_refused(manifest: Path) -> None:
             list(read_manifest(manifest)[1])
 
 
+def test_no_bit_may_flip(manifest: Path) -> None:
+    """But for the time, the level and the system in the gzip header, which say nothing of the package."""
+    whole, expected = manifest.read_bytes(), list(read_manifest(manifest)[1])
+    for index in range(len(whole)):
+        manifest.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
+        if index in range(4, 10) or index == 3:
+            continue
+        with pytest.raises(FormatError):
+            list(read_manifest(manifest)[1])
+    manifest.write_bytes(whole)
+    assert list(read_manifest(manifest)[1]) == expected
+
+
 def rewrite(path: Path, change: Any) -> None:
     lines = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
     path.write_bytes(gzip.compress(b"".join(json.dumps(line).encode() + b"\n" for line in change(lines))))
@@ -112,6 +125,8 @@ def rewrite(path: Path, change: Any) -> None:
         (lambda lines: [lines[0], lines[1], lines[2] | {"digest": "md5:00"}, lines[3]], "entry 2 is not well formed"),
         (lambda lines: [lines[0], lines[1], lines[2] | {"kind": "door"}, lines[3]], "entry 2 is not well formed"),
         (lambda lines: [[], *lines[1:]], "not a JSON object"),
+        (lambda lines: [lines[0] | {"backend_ids": 1}, *lines[1:]], "header is not well formed"),
+        (lambda lines: [*lines[:-1], {"end": 2}], "footer does not agree"),
     ],
 )
 def test_what_is_not_a_manifest(manifest: Path, change: Any, says: str) -> None:

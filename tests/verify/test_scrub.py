@@ -21,9 +21,11 @@ from castore.storage.wrapping import Operation, Wrapping
 from castore.verify.scrub import ERRORS_IN_A_ROW, WORKERS, Outcome, Scrub, Tally, Verdict
 from castore.verify.shard import Shard
 from tests.damage import DAMAGES, extend, flip_a_bit, remove, replace
+from tests.places import PLACES
 from tests.published import PublishedStore, numbered_files, some
 
 T = TypeVar("T")
+everywhere = pytest.mark.parametrize("place", PLACES, indirect=True)
 FILES = {b"a": b"aaaa", b"sub/b": b"b" * 300_000, b"sub/empty": b"", b"sub/c\xff": b"c" * 9_000_000}
 
 
@@ -73,6 +75,7 @@ class Meddler(Wrapping):
         return await super().health() if self.is_healthy else BackendHealth("fail", "ill")
 
 
+@everywhere
 async def test_everything_good_becomes_verified(store: PublishedStore) -> None:
     digests = await store.publish("demo/1", FILES)
     before = time.time_ns()
@@ -99,6 +102,7 @@ async def test_everything_good_becomes_verified(store: PublishedStore) -> None:
     }
 
 
+@everywhere
 @pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.parametrize("path", [b"a", b"sub/c\xff", b""], ids=["small", "large", "manifest"])
 async def test_each_kind_of_damage(store: PublishedStore, kind: str, path: bytes) -> None:
@@ -181,6 +185,7 @@ async def test_being_deleted_is_left_alone(store: PublishedStore) -> None:
     assert store.location(digests[b"a"], "first").status is LocationStatus.DELETING
 
 
+@everywhere
 async def test_an_unreachable_backend_fails_no_location(store: PublishedStore) -> None:
     digests = await store.publish("demo/1", numbered_files(100))
     with store.place.unreachable("first"):
@@ -269,6 +274,7 @@ async def test_what_changes_meanwhile_keeps_its_new_state(store: PublishedStore,
     assert store.statuses().get((str(victim), "first")) == expected[change]
 
 
+@everywhere
 async def test_shards_cover_everything_once(store: PublishedStore) -> None:
     digests = await store.publish("demo/1", numbered_files(60))
     await extend(store.backends["first"], digests[b"file 1"])

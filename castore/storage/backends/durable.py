@@ -40,14 +40,15 @@ class DurableTree:
         # 65,792 for each digest algorithm, some 8 MB when every one is in use.
         self._durable: set[str] = set()
 
-    def create(self) -> None:
-        """Make the root, whatever is missing above it, and the mark. Succeeds when they are there."""
+    def create(self) -> bool:
+        """Make the root, whatever is missing above it, and the mark; whether any was missing."""
         missing = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
         for folder in reversed(missing):
             with suppress(FileExistsError):
                 folder.mkdir(_DIRECTORY_MODE)
             _sync_folder(folder.parent)
-        if not (self.root / ROOT_MARK).exists():
+        marked = (self.root / ROOT_MARK).exists()
+        if not marked:
             fd = os.open(self.root / ROOT_MARK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE)
             try:
                 os.write(fd, _MARK_TEXT)
@@ -55,6 +56,7 @@ class DurableTree:
             finally:
                 os.close(fd)
             _sync_folder(self.root)
+        return not marked
 
     def require_root(self) -> None:
         """Raise StorageUnavailable unless the root is there and bears the mark."""

@@ -76,9 +76,9 @@ class LocalBackend:
         self._writers = trio.CapacityLimiter(write_threads)
         self._readers = trio.CapacityLimiter(read_threads)
 
-    async def create(self) -> None:
-        """Make the directory, with a mark by which it is known again. Succeeds when it is there."""
-        await self._in_thread(self._writers, f"create {self.path}", self._tree.create)
+    async def create(self) -> bool:
+        """Make the directory, with a mark by which it is known again; False when it is there. Raises StorageError."""
+        return await self._in_thread(self._writers, f"create {self.path}", self._tree.create)
 
     async def put(self, digest: Digest, source: Source) -> None:
         permit = _Permit()

@@ -60,10 +60,10 @@ class S3Backend:
         self._connection = S3Connection(settings)
         self._uploads = Uploads(self._connection, settings)
 
-    async def create(self) -> None:
-        """Make the bucket. Succeeds when it is there. Raises StorageError."""
+    async def create(self) -> bool:
+        """Make the bucket; False when it is there. Raises StorageError."""
         if await self._connection.bucket_exists("create"):
-            return
+            return False
         region = self._settings.region
         place: dict[str, Any] = {}
         if region not in _NO_CONSTRAINT:
@@ -71,8 +71,10 @@ class S3Backend:
         try:
             await self._connection.write("create", "create_bucket", **place)
         except StorageError:
-            if not await self._connection.bucket_exists("create"):  # somebody else made it a moment before
+            if not await self._connection.bucket_exists("create"):
                 raise
+            return False  # somebody else made it a moment before
+        return True
 
     async def put(self, digest: Digest, source: Source) -> None:
         await self._uploads.put(digest, source, self._key(digest))
