@@ -29,19 +29,20 @@ from castore.catalog.records import FailureReason
 from castore.catalog.writer import CatalogWriter
 from castore.config import Config
 from castore.digest import Digest
-from castore.errors import ConfigError, NotFound, StateError, StateLocked, StorageError
+from castore.errors import ConfigError, NotFound, StateError, StateLocked
 from castore.ingest.publisher import PublishProgress
 from castore.ingest.service import Ingest
 from castore.mountinfo import mount_source
 from castore.registry.locations import record_bad_read
 from castore.registry.names import parse_ref
-from castore.storage.open import open_backend, sweep_backend
+from castore.storage.open import open_backend
 from mount import kernel, mountpoint
 from mount.by_digest import ByDigestTree
 from mount.control import ControlTree
 from mount.guard import waits
 from mount.operations import CastoreOperations
 from mount.packages import PackagesTree
+from mount.sweeping import sweep_always
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +147,8 @@ class Daemon:
                 await nursery.start(probes.run)
                 nursery.start_soon(self._serve_http)
                 nursery.start_soon(ingest.run)
-                nursery.start_soon(self._sweep)
+                for settings in config.backends.values():
+                    nursery.start_soon(sweep_always, settings)
                 await nursery.start(serve_control, config.store.control_path, self._handlers())
                 self._mount()
                 nursery.start_soon(self._stop_on_signal)
@@ -194,11 +196,16 @@ class Daemon:
         on_ready()
 
     async def _stop_on_signal(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for number in signals:
-                log.info("%s: ending", signal.Signals(number).name)
-                pyfuse3.terminate()
-                waits.end()
+        try:
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                async for number in signals:
+                    log.info("%s: ending", signal.Signals(number).name)
+                    pyfuse3.terminate()
+                    waits.end()
+        finally:
+            # Cancelled because the background work failed: a mount without it takes bytes and never stores them.
+            pyfuse3.terminate()
+            waits.end()
 
     def _unmount(self) -> None:
         if self._mounted:
@@ -235,17 +242,6 @@ class Daemon:
             await self._writer.run(lambda transaction: record_bad_read(transaction, digest, backend_id, reason))
         except StateError as exc:
             log.error("the failed location could not be recorded: %s", exc)
-
-    async def _sweep(self) -> None:
-        """Remove what puts of dead processes left behind in the backends."""
-        for settings in self._config.backends.values():
-            try:
-                count = await sweep_backend(settings)
-            except StorageError as exc:
-                log.warning("backend %s is not swept: %s", settings.backend_id, exc)
-                continue
-            if count:
-                log.info("backend %s: %d leftovers of broken puts removed", settings.backend_id, count)
 
     async def _serve_http(self) -> None:
         """The HTTP API beside the mount, which does without it when its address is taken."""
@@ -286,6 +282,8 @@ class Daemon:
 
         with suppress(NotFound):  # someone else was quicker: publish says so
             await self._ingest.publisher.wait_stored(node.inode, report=tell)
+            if self._ingest.tree.version(name, version).inode != node.inode:
+                raise StateError(f"ingest/{name}/{version} was replaced by another one while it was stored")
         await self._ingest.publisher.publish(
             node.inode,
             name,

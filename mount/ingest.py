@@ -108,13 +108,22 @@ class IngestFiles:
             self._tree.check_writable(node)
         file = self._ingest.files.open(node, writable=writable)
         if flags & os.O_TRUNC and writable:
-            self._ingest.files.truncate(file, 0)
+            try:
+                self._ingest.files.truncate(file, 0)
+            except BaseException:
+                self._ingest.files.abandon(file)
+                raise
         return StagedHandle(file, writable)
 
     def create(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> tuple[StagedHandle, Node]:
         """A new file and its first handle."""
         node = self._tree.create(parent, name, mode=mode, uid=uid, gid=gid)
-        return StagedHandle(self._ingest.files.create(node), writable=True), node
+        try:
+            file = self._ingest.files.create(node)
+        except OSError:
+            self._tree.unlink(parent, name)  # no descriptor, no room: then no name either
+            raise
+        return StagedHandle(file, writable=True), node
 
     async def set_size(self, inode: int, size_bytes: int, handle: StagedHandle | None) -> None:
         """truncate and ftruncate."""

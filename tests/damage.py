@@ -1,63 +1,70 @@
-"""What can happen to a stored object, done to it through the storage contract: the same on every type of backend."""
+"""What can happen to a stored object, done to it past castore: to the file, or with a plain S3 client."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
 
-import trio
+from boto3.session import Session
+from botocore.config import Config
 
-from castore.config import BackendSettings
+from castore.config import BackendSettings, LocalSettings, S3Settings
 from castore.digest import Digest
-from castore.storage.open import open_backend
-from castore.storage.source import BytesSource
-from castore.storage.spi import StorageBackend
+from castore.storage.layout import key_of
 
-Damage = Callable[[StorageBackend, Digest], Awaitable[None]]
+Damage = Callable[[BackendSettings, Digest], None]
 
 
-async def read_object(backend: StorageBackend, digest: Digest) -> bytes:
+def read_object(settings: BackendSettings, digest: Digest) -> bytes:
     """All bytes that are stored under a digest."""
-    size_bytes = (await backend.head(digest)).size_bytes
-    return bytes(await backend.get(digest, offset=0, length=size_bytes))
+    if isinstance(settings, LocalSettings):
+        return _path(settings, digest).read_bytes()
+    return _ask(settings, "get_object", digest)
 
 
-async def replace(backend: StorageBackend, digest: Digest, data: bytes) -> None:
-    """Store other bytes under the digest: backends trust whoever puts."""
-    await backend.put(digest, BytesSource(data))
+def replace(settings: BackendSettings, digest: Digest, data: bytes) -> None:
+    """Store other bytes under the digest."""
+    if isinstance(settings, LocalSettings):
+        _path(settings, digest).write_bytes(data)
+    else:
+        _ask(settings, "put_object", digest, Body=data)
 
 
-async def flip_a_bit(backend: StorageBackend, digest: Digest) -> None:
+def flip_a_bit(settings: BackendSettings, digest: Digest) -> None:
     """The last byte differs by one bit."""
-    data = bytearray(await read_object(backend, digest))
+    data = bytearray(read_object(settings, digest))
     data[-1] ^= 1
-    await replace(backend, digest, bytes(data))
+    replace(settings, digest, bytes(data))
 
 
-async def cut_short(backend: StorageBackend, digest: Digest) -> None:
+def cut_short(settings: BackendSettings, digest: Digest) -> None:
     """The last byte is gone."""
-    await replace(backend, digest, (await read_object(backend, digest))[:-1])
+    replace(settings, digest, read_object(settings, digest)[:-1])
 
 
-async def empty(backend: StorageBackend, digest: Digest) -> None:
+def empty(settings: BackendSettings, digest: Digest) -> None:
     """Nothing is left but the name."""
-    await replace(backend, digest, b"")
+    replace(settings, digest, b"")
 
 
-async def extend(backend: StorageBackend, digest: Digest) -> None:
+def extend(settings: BackendSettings, digest: Digest) -> None:
     """A byte is appended: what was asked for until now reads as before."""
-    await replace(backend, digest, await read_object(backend, digest) + b"\0")
+    replace(settings, digest, read_object(settings, digest) + b"\0")
 
 
-async def remove(backend: StorageBackend, digest: Digest) -> None:
+def remove(settings: BackendSettings, digest: Digest) -> None:
     """The object is gone."""
-    await backend.delete(digest)
+    if isinstance(settings, LocalSettings):
+        _path(settings, digest).unlink()
+    else:
+        _ask(settings, "delete_object", digest)
 
 
-async def put_another(backend: StorageBackend, digest: Digest) -> None:
+def put_another(settings: BackendSettings, digest: Digest) -> None:
     """Other bytes of the same length lie under the name."""
-    size_bytes = (await backend.head(digest)).size_bytes
-    await replace(backend, digest, bytes(reversed(range(256))) * (size_bytes // 256) + b"\xaa" * (size_bytes % 256))
+    size_bytes = len(read_object(settings, digest))
+    replace(settings, digest, bytes(reversed(range(256))) * (size_bytes // 256) + b"\xaa" * (size_bytes % 256))
 
 
 DAMAGES: Final[dict[str, tuple[Damage, str]]] = {
@@ -71,14 +78,23 @@ DAMAGES: Final[dict[str, tuple[Damage, str]]] = {
 """Every kind, with the reason that verify gives."""
 
 
-def do(settings: BackendSettings, damage: Damage, digest: Digest) -> None:
-    """Damage an object from outside of any daemon."""
+def _path(settings: LocalSettings, digest: Digest) -> Path:
+    return settings.path / key_of(digest)
 
-    async def run() -> None:
-        backend = open_backend(settings)
-        try:
-            await damage(backend, digest)
-        finally:
-            await backend.aclose()
 
-    trio.run(run)
+def _ask(settings: S3Settings, operation: str, digest: Digest, **params: Any) -> bytes:
+    """Do one operation on the object; the body of the answer, empty when it has none."""
+    client = Session().client(
+        "s3",
+        endpoint_url=settings.endpoint_url,
+        region_name=settings.region,
+        aws_access_key_id=settings.access_key_ref.resolve(),
+        aws_secret_access_key=settings.secret_key_ref.resolve(),
+        config=Config(s3={"addressing_style": "path"}, proxies={}, request_checksum_calculation="when_required"),
+    )
+    try:
+        key = f"{settings.key_prefix}/{key_of(digest)}".lstrip("/")
+        answer = getattr(client, operation)(Bucket=settings.bucket, Key=key, **params)
+        return bytes(answer["Body"].read()) if "Body" in answer else b""
+    finally:
+        client.close()

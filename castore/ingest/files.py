@@ -6,22 +6,33 @@ hashed behind the writer; otherwise once more from the disk after the last write
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import trio
 
 from castore.catalog.workspace import Node, WorkspaceStore
 from castore.digest import BlobHasher, BlobSummary
-from castore.errors import NotOpen, ReadOnly
+from castore.errors import NotOpen, ReadOnly, StagingFull, StateError
 from castore.ingest.hashing import INLINE_BYTES, HashQueue, hash_file
 from castore.ingest.pulse import Signal
 from castore.ingest.room import StagingRoom
 from castore.ingest.staged_file import StagedFile
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS: Final = 1.0
+"""Between tries to note a digest while the workspace cannot be written."""
+RESERVE_BYTES: Final = 16 * 1024 * 1024
+"""Bytes of users leave that much of the disk, or a sixteenth of a small one, to the workspace: else nothing could be
+removed from a full one, since that is written down too."""
+_RESERVE_SHARE: Final = 16
 
 
 @dataclass(slots=True)
@@ -132,8 +143,20 @@ class StagedFiles:
         """A handle is gone; with the last writer the digest is computed if it is not known yet."""
         file.handles -= 1
         file.writers -= writable
-        if writable and not file.writers:
-            await self._finish(file, rehash=True)
+        try:
+            if writable and not file.writers:
+                await self._finish(file, rehash=True)
+        except StateError:
+            self.rehash(file.inode)  # nobody else comes back to it
+            raise
+        finally:
+            self._close_if_unused(file)
+            self.released.pulse()
+
+    def abandon(self, file: StagedFile) -> None:
+        """A handle for writing that was opened for nothing is gone, with no change made by it."""
+        file.handles -= 1
+        file.writers -= 1
         self._close_if_unused(file)
         self.released.pulse()
 
@@ -153,8 +176,11 @@ class StagedFiles:
             return
         node = self._store.node(file.inode)
         if node is None or node.nlink == 0:
-            self._store.delete_node(file.inode)
             self.remove(file.inode, file.uid, file.size_bytes)
+            try:
+                self._store.delete_node(file.inode)
+            except StateError as exc:
+                log.warning("unlinked file %x is forgotten at the next start: %s", file.inode, exc)
 
     # bytes
 
@@ -166,12 +192,18 @@ class StagedFiles:
     async def write(self, file: StagedFile, offset: int, data: bytes) -> int:
         """Write bytes; returns how many, fewer only when the disk is full. Raises StagingFull and OSError."""
         self._begin_change(file)
-        # Counted before the bytes are there: a short write leaves the count too high until the file goes.
-        self.room.reserve(file.uid, max(0, offset + len(data) - file.size_bytes))
-        written = _pwrite_all(file.descriptor, data, offset)
-        end = offset + written
-        if end > file.size_bytes:
-            file.size_bytes = end
+        grow = max(0, offset + len(data) - file.size_bytes)
+        if grow:
+            _check_disk(file.descriptor, len(data))
+        self.room.reserve(file.uid, grow)
+        written = 0
+        try:
+            written = _pwrite_all(file.descriptor, data, offset)
+        finally:
+            end = offset + written
+            grown = max(0, end - file.size_bytes) if written else 0
+            self.room.take(file.uid, grown - grow)
+            file.size_bytes += grown
         file.mtime_ns = time.time_ns()
         hasher = file.hasher
         if hasher is not None:
@@ -185,8 +217,13 @@ class StagedFiles:
     def truncate(self, file: StagedFile, size_bytes: int) -> None:
         """Cut or extend with zeros. Raises StagingFull and OSError."""
         self._begin_change(file)
-        self.room.reserve(file.uid, size_bytes - file.size_bytes)
-        os.ftruncate(file.descriptor, size_bytes)
+        grow = size_bytes - file.size_bytes
+        self.room.reserve(file.uid, grow)
+        try:
+            os.ftruncate(file.descriptor, size_bytes)
+        except OSError:
+            self.room.take(file.uid, -grow)
+            raise
         file.size_bytes = size_bytes
         file.mtime_ns = time.time_ns()
         file.hasher = BlobHasher() if size_bytes == 0 and not file.pending else None
@@ -224,6 +261,8 @@ class StagedFiles:
         if not file.is_dirty or file.is_published:
             return
         hasher, changes = file.hasher, file.changes
+        if file.summary_of_changes == changes:
+            return  # it is on its way: a release follows the flush that queued it
         if hasher is not None and file.hash_end == file.size_bytes:
             file.hasher = None
             if not file.pending:
@@ -244,10 +283,14 @@ class StagedFiles:
 
         def done() -> None:
             file.pending -= 1
-            self._staged(file, result[0], changes)
+            try:
+                self._staged(file, result[0], changes)
+            except StateError:
+                self.rehash(file.inode)
             self._close_if_unused(file)
 
         file.pending += 1
+        file.summary_of_changes = changes
         await self._hashes.put(lambda: result.append(hasher.finish()), done)
 
     def rehash(self, inode: int) -> None:
@@ -260,14 +303,25 @@ class StagedFiles:
         while True:
             await self._has_closed.wait()
             while self._closed:
-                await self._hash_closed(self._closed.popleft())
+                inode = self._closed.popleft()
+                try:
+                    await self._hash_closed(inode)
+                except (StateError, OSError) as exc:  # the workspace is full, or no descriptor is left: both pass
+                    log.warning("staged file %x has no digest yet: %s", inode, exc)
+                    self._closed.append(inode)
+                    await trio.sleep(RETRY_SECONDS)
             self._has_closed = trio.Event()
 
     async def _hash_closed(self, inode: int) -> None:
         node = self._store.node(inode)
         if node is None or node.state != "receiving" or not node.nlink:
             return
-        file = self.open(node, writable=False)
+        try:
+            file = self.open(node, writable=False)
+        except FileNotFoundError as exc:
+            self._store.update_node(inode, state="failed", error=f"SourceChanged: cannot be read: {exc.strerror}")
+            self.released.pulse()
+            return
         try:
             if file.writers or not file.is_dirty:
                 return  # whoever writes it has it hashed in the end
@@ -358,6 +412,14 @@ class StagedFiles:
                 self._store.update_node(file.inode, size_bytes=file.size_bytes, mtime_ns=file.mtime_ns)
             os.close(file.descriptor)
         self._open.clear()
+
+
+def _check_disk(descriptor: int, size_bytes: int) -> None:
+    """Raise StagingFull when so many bytes more would take the workspace's room. Costs a microsecond."""
+    disk = os.fstatvfs(descriptor)
+    reserve = min(RESERVE_BYTES, disk.f_blocks * disk.f_frsize // _RESERVE_SHARE)
+    if disk.f_bavail * disk.f_frsize - size_bytes < reserve:
+        raise StagingFull("the disk of the staging folder is full")
 
 
 def _pwrite_all(descriptor: int, data: bytes, offset: int) -> int:

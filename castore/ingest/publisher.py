@@ -207,7 +207,8 @@ class Publisher:
     async def _publish(self, version_inode: int, name: str, version: str, wait_seconds: float, report: Report) -> None:
         deadline = trio.current_time() + wait_seconds
         await self._check_absent(name, version)
-        if self._tree.version_path(version_inode)[0] != name:
+        place = self._place(version_inode)
+        if place[0] != name:
             raise InvalidName(f"a version of another package cannot be published as {name}/{version}")
         with trio.move_on_at(deadline) as waiting:
             try:
@@ -220,7 +221,7 @@ class Publisher:
             raise PublishBusy(self._busy_reason(version_inode))
         labels = await self._labels.labels(version_inode)
         route = await self._uploader.route(version_inode)
-        async with self._frozen(version_inode):
+        async with self._frozen(version_inode, place):
             draft = self._draft(version_inode, name, version, labels, route)
             try:
                 manifest = await self._put_manifest(draft, max(deadline, trio.current_time() + MANIFEST_SECONDS))
@@ -241,6 +242,12 @@ class Publisher:
         if await self._writer.run(lambda transaction: transaction.package_exists(name, version)):
             raise PackageExists(f"{name}/{version} is published already")
 
+    def _place(self, version_inode: int) -> tuple[str, str]:
+        """(NAME, VERSION) in ingest/. Raises NotFound also when the directory is no version any more."""
+        if not self._tree.get(version_inode).is_version:
+            raise NotFound("the version was moved into another one")
+        return self._tree.version_path(version_inode)
+
     def _busy_reason(self, version_inode: int) -> str:
         now = self.progress(version_inode)
         if now.stored_files == now.total_files:
@@ -249,8 +256,11 @@ class Publisher:
         return f"{files} of {now.total_files} files ({size} bytes) are not stored yet; try again"
 
     @asynccontextmanager
-    async def _frozen(self, version_inode: int) -> AsyncIterator[None]:
-        # No checkpoint between this look and the freeze.
+    async def _frozen(self, version_inode: int, place: tuple[str, str]) -> AsyncIterator[None]:
+        # No checkpoint between this look and the freeze. A command's publish holds no lock of the kernel: its version
+        # may have been renamed while it waited.
+        if self._place(version_inode) != place:
+            raise NotFound(f"ingest/{'/'.join(place)} was renamed while it was about to be published")
         if self._store.any_in_state(version_inode, *UNFINISHED, "failed") or self._writers(version_inode):
             raise PublishBusy("files changed while the package was about to be published; try again")
         root = self._tree.get(version_inode)
@@ -296,7 +306,10 @@ class Publisher:
             path.unlink(missing_ok=True)
 
     async def _commit(self, draft: Draft, manifest: BlobSummary) -> None:
-        inode, latest_inode = self._store.names(draft.name) or (0, 0)
+        names = self._store.names(draft.name)
+        if names is None:
+            raise PublishBusy(f"ingest/{draft.name} was renamed and removed meanwhile; try again")
+        inode, latest_inode = names
 
         def work(transaction: Transaction) -> int:
             if transaction.package_exists(draft.name, draft.version):

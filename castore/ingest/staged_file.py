@@ -26,6 +26,7 @@ class StagedFile:
         "path",
         "pending",
         "size_bytes",
+        "summary_of_changes",
         "uid",
         "version_inode",
         "writers",
@@ -49,6 +50,8 @@ class StagedFile:
         self.hasher: BlobHasher | None = None
         """Set while every byte so far came front to back."""
         self.hash_end = 0
+        self.summary_of_changes = -1
+        """The count of changes whose summary was queued last."""
         self._changes = 0
 
     def set_mtime(self, mtime_ns: int) -> None:

@@ -122,8 +122,13 @@ class Uploader:
         # Files that come one after another share commits: the first of them waits for the next few.
         await trio.sleep(LINGER_SECONDS)
         self._wake = trio.Event()
-        with self._store.transaction():
-            picked = self._store.take_staged(min(BATCH_FILES, IN_FLIGHT_FILES - self._file_count))
+        try:
+            with self._store.transaction():
+                picked = self._store.take_staged(min(BATCH_FILES, IN_FLIGHT_FILES - self._file_count))
+        except StateError as exc:
+            log.warning("staged files are not put yet: %s", exc)
+            await trio.sleep(RETRY_SECONDS_MIN)
+            return
         if not picked:
             await self._wake.wait()
             return
@@ -137,17 +142,22 @@ class Uploader:
         except StateError as exc:
             for upload in uploads:
                 upload.error = exc
+        settled = [upload for upload in uploads if upload.error is not None or not upload.missing]
+        await self._settle(settled)
         for upload in uploads:
-            if upload.error is not None or not upload.missing:
-                self._settle(upload)
-                continue
-            for backend_id in sorted(upload.missing):
-                await self._puts.send((upload, backend_id))
+            if upload not in settled:
+                for backend_id in sorted(upload.missing):
+                    await self._puts.send((upload, backend_id))
 
     async def _pick(self, inode: int, version_inode: int, summary: BlobSummary, uploads: list[_Upload]) -> None:
         try:
             route = await self.route(version_inode)
         except NotFound:
+            # Its version is gone; the file is not, if it was moved to another one since it was picked.
+            node = self._store.node(inode)
+            if node is not None and node.version_inode != version_inode:
+                self._store.move_state(inode, summary.digest, state="staged")
+                self.wake()
             return
         except ConfigError as exc:
             self._store.move_state(inode, summary.digest, state="failed", error=to_text(exc))
@@ -216,54 +226,72 @@ class Uploader:
                 await self._writer.run(_location_work(stored, failed))
             except StateError as exc:
                 commit_error = exc
-            with self._store.transaction():
-                for upload, backend_id, error in results:
-                    upload.missing.discard(backend_id)
-                    upload.stored.append(backend_id)
-                    upload.error = error or commit_error or upload.error
-                    if not upload.missing:
-                        self._settle(upload)
+            for upload, backend_id, error in results:
+                upload.missing.discard(backend_id)
+                upload.stored.append(backend_id)
+                upload.error = error or commit_error or upload.error
+            await self._settle(list({upload: None for upload, _, _ in results if not upload.missing}))
             self.progress.pulse()
 
-    def _settle(self, upload: _Upload) -> None:
+    async def _settle(self, uploads: list[_Upload]) -> None:
         """All backends answered: the files are stored, or failed with the reason."""
-        digest = upload.summary.digest
-        del self._uploads[digest]
-        first = upload.inodes[0]
-        changed = self._files.changed_since(first, upload.changes)
-        self._files.unwatch(first)
-        self._file_count -= len(upload.inodes)
-        if upload.error is None:
-            for inode in upload.inodes:
-                self._store.move_state(inode, digest, state="stored")
-            self._retry_seconds = 0.0
-        else:
-            again: list[int] = []
-            if isinstance(upload.error, SourceChanged):
-                # Not the fault of other files with these bytes; nor of this one, if a user wrote to it.
-                again = upload.inodes if changed else upload.inodes[1:]
-            upload.followers.extend(again)
-            failed = [inode for inode in upload.inodes if inode not in again]
-            # A file that changed or went meanwhile does not match: nobody is interested in that put any more.
-            text = to_text(upload.error)
-            moved = [self._store.move_state(inode, digest, state="failed", error=text) for inode in failed]
-            if any(moved):
+        if not uploads:
+            return
+        while True:
+            try:
+                with self._store.transaction():
+                    failed = [self._note(upload) for upload in uploads]
+                break
+            except StateError as exc:
+                log.warning("what was put is not noted yet: %s", exc)
+                await trio.sleep(RETRY_SECONDS_MIN)
+        # No checkpoint since the notes: nobody joined these uploads after them.
+        for upload, is_failed in zip(uploads, failed, strict=True):
+            digest = upload.summary.digest
+            del self._uploads[digest]
+            self._files.unwatch(upload.inodes[0])
+            self._file_count -= len(upload.inodes)
+            if upload.error is None:
+                self._retry_seconds = 0.0
+            elif is_failed:
                 log.warning("put of %s failed: %s", digest, upload.error)
                 if upload.error.temporary:
                     self._retry_seconds = min(max(RETRY_SECONDS_MIN, self._retry_seconds * 2), RETRY_SECONDS_MAX)
                     self._failing.set()
-        for inode in upload.followers:
+        self.progress.pulse()
+
+    def _note(self, upload: _Upload) -> bool:
+        """Bring the states of an upload's files into the workspace; whether some file failed by it."""
+        digest, error = upload.summary.digest, upload.error
+        failed = False
+        again = list(upload.followers)
+        for number, inode in enumerate(upload.inodes):
+            if error is None:
+                self._store.move_state(inode, digest, state="stored")
+            elif isinstance(error, SourceChanged) and (
+                number or self._files.changed_since(upload.inodes[0], upload.changes)
+            ):
+                # Not the fault of other files with these bytes; nor of the first, if a user wrote to it.
+                again.append(inode)
+            else:
+                # A file that changed or went meanwhile does not match: nobody is interested in that put any more.
+                failed |= self._store.move_state(inode, digest, state="failed", error=to_text(error))
+        for inode in again:
             self._store.move_state(inode, digest, state="staged")
             self.wake()
-        self.progress.pulse()
+        return failed
 
     async def _retry_failed(self) -> None:
         while True:
             await self._failing.wait()
             await trio.sleep(self._retry_seconds or RETRY_SECONDS_MIN)
             self._failing = trio.Event()
-            if self._store.restage_temporary(TEMPORARY_NAMES):
-                self.wake()
+            try:
+                if self._store.restage_temporary(TEMPORARY_NAMES):
+                    self.wake()
+            except StateError as exc:
+                log.warning("failed puts are not tried again yet: %s", exc)
+                self._failing.set()
 
 
 def _location_work(

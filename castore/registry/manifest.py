@@ -169,7 +169,8 @@ def _entries(path: Path, lines: Iterator[dict[str, Any]]) -> Iterator[ManifestEn
     count = 0
     for item in lines:
         if "end" in item:
-            if item["end"] != {"entry_count": count} or next(lines, None) is not None:
+            end = item["end"]
+            if not isinstance(end, dict) or end.get("entry_count") != count or next(lines, None) is not None:
                 raise FormatError(f"{path}: the footer does not agree with the {count} entries")
             return
         try:

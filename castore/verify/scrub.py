@@ -143,16 +143,18 @@ class Scrub:
 
     async def _scrub_backend(self, backend: StorageBackend, results: trio.MemorySendChannel[Outcome]) -> None:
         # A backend that is ill gets one chance: its first error is the answer.
-        patience = 1 if (await backend.health()).status == "fail" else ERRORS_IN_A_ROW
+        health = await backend.health()
+        patience = 1 if health.status == "fail" else ERRORS_IN_A_ROW
         reader = ObjectReader(backend, on_bytes=self._add_bytes)
         rows, queue = trio.open_memory_channel[LocationRow](WORKERS)
-        errors = 0
+        errors = looked_at = 0
         async with trio.open_nursery() as nursery:
 
             async def work() -> None:
-                nonlocal errors
+                nonlocal errors, looked_at
                 async for row in queue:
                     outcome = await _look_at(reader, row)
+                    looked_at += 1
                     errors = errors + 1 if outcome.verdict is Verdict.UNREADABLE else 0
                     await results.send(outcome)
                     if errors >= patience:
@@ -164,6 +166,9 @@ class Scrub:
             await self._guard(nursery.cancel_scope, self._send_rows, backend.backend_id, rows)
         if self._error is not None:
             raise self._error
+        if health.status == "fail" and not looked_at:
+            # There was nothing to read, and yet it must not look as if all were well.
+            self.tally.stopped[backend.backend_id] = health.detail
 
     async def _send_rows(self, backend_id: str, rows: trio.MemorySendChannel[LocationRow]) -> None:
         last: Digest | None = None

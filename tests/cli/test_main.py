@@ -19,13 +19,14 @@ from tests.cli.conftest import WAIT_SECONDS, Cli, Serve
 
 COMMANDS: list[tuple[str, ...]] = [("init",), ("mount",), ("umount",), ("status",), ("package",)]
 COMMANDS += [("package", "list"), ("package", "show"), ("package", "publish")]
+COMMANDS += [("storage",), ("storage", "backends"), ("storage", "verify"), ("events",), ("serve",)]
 
 
 def test_help_names_all_commands(cli: Cli) -> None:
     for option in ("--help", "-h"):
         text = cli(option).stdout
         assert text.startswith("Usage: castore [OPTIONS] COMMAND")
-        for name in ("init", "mount", "umount", "status", "package"):
+        for name in ("init", "mount", "umount", "status", "package", "storage", "events", "serve"):
             assert f"\n  {name} " in text
 
 
@@ -34,7 +35,7 @@ def test_help_of_a_command(cli: Cli, command: tuple[str, ...]) -> None:
     text = cli(*command, "--help").stdout
     assert text.startswith(f"Usage: castore {' '.join(command)} ")
     assert "--config PATH" in text
-    assert ("--json" in text) == (command != ("package",))
+    assert ("--json" in text) == (command not in (("package",), ("storage",)))
 
 
 def test_version(cli: Cli) -> None:

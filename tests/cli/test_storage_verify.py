@@ -20,7 +20,7 @@ from castore.catalog.event_log import EventReader
 from castore.digest import BLOCK_SIZE_BYTES, BlobSummary, Digest
 from castore.storage.layout import key_of
 from tests.cli.conftest import WAIT_SECONDS, Cli
-from tests.damage import DAMAGES, cut_short, do, flip_a_bit, remove
+from tests.damage import DAMAGES, cut_short, flip_a_bit, remove
 from tests.places import PLACES, Place
 from tests.published import PublishedStore, numbered_files
 
@@ -75,7 +75,7 @@ def test_all_good(cli: Cli, make: Make) -> None:
 def test_each_kind_of_damage_is_named_by_path(cli: Cli, make: Make, kind: str) -> None:
     store, digests = make(refs=("demo/1", "demo/2"))
     damage, reason = DAMAGES[kind]
-    do(store.config.backends["main"], damage, digests[b"bin/tool"])
+    damage(store.config.backends["main"], digests[b"bin/tool"])
     lines = cli("storage", "verify", code=1).stdout.splitlines()
     assert lines[0].startswith(f"failed: {reason} in backend main: 2000 bytes of {digests[b'bin/tool']}")
     assert lines[1:3] == ["  demo/1: bin/tool", "  demo/2: bin/tool"]
@@ -96,7 +96,7 @@ def test_each_kind_of_damage_is_named_by_path(cli: Cli, make: Make, kind: str) -
 
 def test_names_that_are_not_text(cli: Cli, make: Make) -> None:
     store, digests = make()
-    do(store.config.backends["main"], remove, digests[b"share/\xff\n"])
+    remove(store.config.backends["main"], digests[b"share/\xff\n"])
     assert "  demo/1: share/\\xff\\n" in cli("storage", "verify", code=1).stdout.splitlines()
     locations, _ = documents(cli("storage", "verify", "--json", code=1).stdout)
     (failed,) = [document for document in locations if document["status"] == "failed"]
@@ -106,7 +106,7 @@ def test_names_that_are_not_text(cli: Cli, make: Make) -> None:
 
 def test_a_manifest(cli: Cli, make: Make) -> None:
     store, digests = make()
-    do(store.config.backends["main"], cut_short, digests[b""])
+    cut_short(store.config.backends["main"], digests[b""])
     lines = cli("storage", "verify", code=1).stdout.splitlines()
     assert lines[0].startswith(f"failed: size_mismatch in backend main: 22 bytes of {digests[b'']}; found 21 bytes of ")
     assert lines[1] == "  demo/1: its manifest"
@@ -115,7 +115,7 @@ def test_a_manifest(cli: Cli, make: Make) -> None:
 def test_a_long_list_of_paths_is_cut(cli: Cli, make: Make) -> None:
     files = {b"copy %02d" % number: b"the same" for number in range(23)}
     store, digests = make(files=files)
-    do(store.config.backends["main"], flip_a_bit, digests[b"copy 00"])
+    flip_a_bit(store.config.backends["main"], digests[b"copy 00"])
     lines = cli("storage", "verify", code=1).stdout.splitlines()
     assert lines[1:22] == [*(f"  demo/1: copy {number:02}" for number in range(20)), "  and 3 more"]
 
@@ -229,7 +229,7 @@ def high_water_kib(pid: int) -> int:
 def test_on_a_terminal(cli: Cli, make: Make) -> None:
     store, digests = make()
     add_sparse(store, Digest("sha256", b"\xff" * 32), 1 << 30)
-    do(store.config.backends["main"], remove, digests[b"bin/tool"])
+    remove(store.config.backends["main"], digests[b"bin/tool"])
     terminal, end = pty.openpty()
     environ = {**cli.environ, "TERM": "xterm", "COLUMNS": "150"}
     with cli.start("storage", "verify", stdout=end, stderr=end, env=environ) as process:
@@ -280,7 +280,7 @@ def test_a_reader_that_goes_away(cli: Cli, make: Make) -> None:
 @everywhere
 def test_backends(cli: Cli, make: Make, place: Place) -> None:
     store, digests = make("main", "copy")
-    do(store.config.backends["main"], remove, digests[b"bin/tool"])
+    remove(store.config.backends["main"], digests[b"bin/tool"])
     cli("storage", "verify", code=1)
     lines = [line.split() for line in cli("storage", "backends").stdout.splitlines()]
     assert lines[0] == ["BACKEND", "TYPE", "HEALTH", "OBJECTS", "FAILED", "SIZE", "DETAIL"]

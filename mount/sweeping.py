@@ -1,0 +1,33 @@
+"""Now and then, what broken puts left in a backend is removed. Not garbage collection: it touches no object."""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+import trio
+
+from castore.config import BackendSettings
+from castore.errors import StorageError
+from castore.storage.open import sweep_backend
+
+SWEEP_SECONDS: Final = 3600.0
+"""Between two sweeps: as long as leftovers have to be silent before they count as abandoned."""
+
+log = logging.getLogger(__name__)
+
+
+async def sweep_always(settings: BackendSettings, *, every_s: float = SWEEP_SECONDS) -> None:
+    """Sweep the backend now, and again `every_s` seconds after each sweep, until cancelled. Failures are logged."""
+    while True:
+        try:
+            count = await sweep_backend(settings)
+        except StorageError as exc:
+            log.warning("backend %s is not swept: %s", settings.backend_id, exc)
+        except Exception:
+            # Housekeeping: no reason to end a mount.
+            log.exception("the sweep of backend %s failed unexpectedly", settings.backend_id)
+        else:
+            if count:
+                log.info("backend %s: %d leftovers of broken puts removed", settings.backend_id, count)
+        await trio.sleep(every_s)

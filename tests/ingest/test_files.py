@@ -1,0 +1,311 @@
+"""Staged files without a mount: digests while and after writing, handles, and the count of staged bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from castore.catalog.connection import create_workspace
+from castore.catalog.records import Kind
+from castore.catalog.workspace import Node, WorkspaceStore
+from castore.digest import Digest
+from castore.errors import NotOpen, ReadOnly, StagingFull
+from castore.ingest.files import StagedFiles
+from castore.ingest.hashing import INLINE_BYTES, QUEUE_CHUNKS, HashQueue
+from castore.ingest.staged_file import StagedFile
+
+ROOM_BYTES = 1 << 62
+
+
+class Staging:
+    """The staged files of a workspace, and their names, one for each inode."""
+
+    def __init__(self, folder: Path, *, max_bytes: int = ROOM_BYTES, max_bytes_per_user: int = 0) -> None:
+        create_workspace(folder / "workspace.db")
+        (folder / "data").mkdir(exist_ok=True)
+        self.store = WorkspaceStore(folder / "workspace.db")
+        self.hashes = HashQueue()
+        self.staged_count = 0
+        self.files = StagedFiles(
+            self.store,
+            folder / "data",
+            hashes=self.hashes,
+            max_bytes=max_bytes,
+            max_bytes_per_user=max_bytes_per_user,
+            on_staged=self._count,
+        )
+
+    def _count(self) -> None:
+        self.staged_count += 1
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """The background work, for as long as the block."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.hashes.run)
+            nursery.start_soon(self.files.run)
+            yield
+            nursery.cancel_scope.cancel()
+
+    def create(self, inode: int, uid: int = 1) -> StagedFile:
+        """A new file, open for writing."""
+        self.store.insert_node(
+            Node(
+                inode=inode, version_inode=9, kind=Kind.FILE, mode=0o644, uid=uid, gid=0, creator_uid=uid, mtime_ns=1,
+                ctime_ns=1, size_bytes=0, nlink=1, target=b"", state="receiving",
+            )
+        )  # fmt: skip
+        self.store.insert_link(inode, 9, b"%d" % inode, inode)
+        return self.files.create(self.node(inode))
+
+    def node(self, inode: int) -> Node:
+        """The node of a file."""
+        node = self.store.node(inode)
+        assert node is not None
+        return node
+
+    async def write(self, file: StagedFile, data: bytes, chunk_bytes: int = 1 << 20) -> None:
+        """Front to back, as the kernel sends it."""
+        for offset in range(0, len(data), chunk_bytes):
+            await self.files.write(file, offset, data[offset : offset + chunk_bytes])
+
+    async def close_file(self, file: StagedFile) -> None:
+        """What the kernel sends for a close."""
+        await self.files.flush(file)
+        await self.files.release(file, writable=True)
+
+    async def digest(self, inode: int) -> Digest:
+        """The digest of a closed file, once it is known."""
+        with trio.fail_after(30):
+            while True:
+                summary = self.store.summary(inode)
+                if summary is not None:
+                    return summary.digest
+                await self.files.released.wait()
+
+
+@pytest.fixture
+def staging(tmp_path: Path) -> Iterator[Staging]:
+    """Staging without bounds."""
+    made = Staging(tmp_path)
+    yield made
+    made.files.close()
+    made.store.close()
+
+
+SIZES = (0, 1, INLINE_BYTES, INLINE_BYTES + 1, 3_000_000, (QUEUE_CHUNKS + 8) << 20)
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_front_to_back(staging: Staging, size: int) -> None:
+    data = os.urandom(size)
+    async with staging.running():
+        file = staging.create(100)
+        await staging.write(file, data)
+        await staging.close_file(file)
+        assert await staging.digest(100) == Digest.of(data)
+    assert staging.node(100).size_bytes == size
+    assert staging.files.path(100).read_bytes() == data
+    assert staging.files.open_file(100) is None
+    assert (staging.staged_count, staging.files.staged_bytes) == (1, size)
+
+
+async def test_small_files_are_hashed_at_once(staging: Staging) -> None:
+    """No background work is needed: the digest is there when the close returns."""
+    file = staging.create(100)
+    await staging.files.write(file, 0, b"12")
+    await staging.files.write(file, 2, b"345")
+    await staging.close_file(file)
+    summary = staging.store.summary(100)
+    assert summary is not None
+    assert summary.digest == Digest.of(b"12345")
+
+
+@pytest.mark.parametrize("how", ["backwards", "overwritten", "cut", "extended", "written after its digest"])
+async def test_any_other_order(staging: Staging, how: str) -> None:
+    data = bytearray(os.urandom(300_000))
+    async with staging.running():
+        file = staging.create(100)
+        if how == "backwards":
+            await staging.files.write(file, 100_000, bytes(data[100_000:]))
+            await staging.files.write(file, 0, bytes(data[:100_000]))
+        else:
+            await staging.write(file, bytes(data), 100_000)
+        if how == "written after its digest":
+            await staging.files.flush(file)
+            await staging.digest(100)
+        if how in ("overwritten", "written after its digest"):
+            data[5:10] = b"hello"
+            await staging.files.write(file, 5, b"hello")
+        elif how == "cut":
+            del data[150_000:]
+            staging.files.truncate(file, 150_000)
+        elif how == "extended":
+            data += bytes(50_000)
+            staging.files.truncate(file, 350_000)
+        await staging.close_file(file)
+        assert await staging.digest(100) == Digest.of(data)
+    assert staging.node(100).size_bytes == staging.files.staged_bytes == len(data)
+
+
+async def test_a_change_makes_the_digest_unknown(staging: Staging) -> None:
+    """From the moment on that the bytes differ, not from the next close."""
+    async with staging.running():
+        file = staging.create(100)
+        await staging.write(file, b"first")
+        await staging.close_file(file)
+        await staging.digest(100)
+        file = staging.files.open(staging.node(100), writable=True)
+        assert staging.node(100).state == "staged"
+        await staging.files.write(file, 0, b"F")
+        assert staging.store.summary(100) is None
+        assert staging.node(100).state == "receiving"
+        await staging.close_file(file)
+        assert await staging.digest(100) == Digest.of(b"First")
+
+
+async def test_two_writers(staging: Staging) -> None:
+    """The last one to close makes the digest."""
+    async with staging.running():
+        one = staging.create(100)
+        two = staging.files.open(staging.node(100), writable=True)
+        await staging.files.write(one, 0, b"aaaa")
+        await staging.files.write(two, 2, b"bb")
+        await staging.close_file(one)
+        await staging.files.write(two, 0, b"c")
+        await staging.close_file(two)
+        assert await staging.digest(100) == Digest.of(b"cabb")
+
+
+async def test_what_handles_cannot_do(staging: Staging) -> None:
+    file = staging.create(100)
+    await staging.files.write(file, 0, b"bytes")
+    await staging.close_file(file)
+    reading = staging.files.open(staging.node(100), writable=False)
+    assert staging.files.read(reading, 1, 100) == b"ytes"
+    with pytest.raises(NotOpen):
+        await staging.files.write(reading, 0, b"x")
+    staging.files.publish([staging.node(100)])
+    assert not staging.files.path(100).exists()
+    assert staging.files.read(reading, 0, 2) == b"by"
+    with pytest.raises(ReadOnly):
+        staging.files.truncate(reading, 0)
+    await staging.files.release(reading, writable=False)
+    assert (staging.files.staged_bytes, staging.files.open_file(100)) == (0, None)
+
+
+async def test_unlinked_while_open(staging: Staging) -> None:
+    file = staging.create(100)
+    await staging.files.write(file, 0, b"bytes")
+    staging.store.delete_link(9, b"100")
+    staging.store.update_node(100, nlink=0)
+    assert staging.files.read(file, 0, 10) == b"bytes"
+    await staging.close_file(file)
+    assert not staging.files.path(100).exists()
+    assert staging.store.node(100) is None
+    assert staging.files.staged_bytes == 0
+
+
+async def test_bounds(tmp_path: Path) -> None:
+    """Refused with nothing written and nothing counted; what goes makes room again, also for others."""
+    staging = Staging(tmp_path, max_bytes=100, max_bytes_per_user=60)
+    one, two = staging.create(100, uid=1), staging.create(200, uid=2)
+    await staging.files.write(one, 0, bytes(60))
+    for file, offset, data in ((one, 60, b"x"), (two, 0, bytes(41))):
+        with pytest.raises(StagingFull):
+            await staging.files.write(file, offset, data)
+    with pytest.raises(StagingFull):
+        staging.files.truncate(two, 41)
+    assert (staging.files.staged_bytes, staging.files.path(200).stat().st_size) == (60, 0)
+    await staging.files.write(one, 10, bytes(50))
+    assert staging.files.staged_bytes == 60, "what is written over is counted once"
+    staging.files.truncate(one, 30)
+    await staging.files.write(two, 0, bytes(60))
+    assert staging.files.staged_bytes == 90
+    staging.files.change_owner(200, 2, 1, 60)
+    with pytest.raises(StagingFull):
+        await staging.files.write(one, 30, b"x")
+    await staging.close_file(two)
+    staging.files.remove(200, 1, 60)
+    await staging.files.write(one, 30, bytes(30))
+    assert staging.files.staged_bytes == 60
+    staging.files.close()
+    staging.store.close()
+    again = Staging(tmp_path, max_bytes=100)
+    assert again.files.staged_bytes == 60 + 60, "the row of the removed file is the test's: it is counted as it stands"
+    again.store.close()
+
+
+async def test_what_the_disk_refuses_is_not_counted(staging: Staging) -> None:
+    file = staging.create(100)
+    await staging.files.write(file, 0, b"bytes")
+    with pytest.raises(OSError, match=r"File too large|Invalid argument"):
+        staging.files.truncate(file, 1 << 61)
+    with pytest.raises(OSError, match=r"File too large|Invalid argument"):
+        await staging.files.write(file, 1 << 61, b"x")
+    assert staging.files.staged_bytes == 5
+    await staging.close_file(file)
+    assert staging.node(100).size_bytes == 5
+
+
+async def test_recovery_takes_size_and_time_from_the_disk(staging: Staging) -> None:
+    file = staging.create(100)
+    await staging.files.write(file, 0, b"12345")
+    staging.files.close()
+    os.utime(staging.files.path(100), ns=(7, 7))
+    staging.store.update_node(100, size_bytes=2)
+    again = StagedFiles(staging.store, staging.files.folder, hashes=staging.hashes, max_bytes=ROOM_BYTES)
+    assert again.staged_bytes == 2
+    again.measure(staging.node(100))
+    assert (staging.node(100).size_bytes, staging.node(100).mtime_ns, again.staged_bytes) == (5, 7, 5)
+
+
+async def test_a_file_that_cannot_be_read_is_failed(staging: Staging) -> None:
+    file = staging.create(100)
+    await staging.files.write(file, 3, b"not front to back")
+    await staging.close_file(file)
+    staging.files.path(100).unlink()
+    async with staging.running():
+        with trio.fail_after(30):
+            while staging.node(100).state != "failed":
+                await staging.files.released.wait()
+    assert "No such file" in staging.store.error(100)
+
+
+async def test_a_whole_file_being_hashed_holds_up_no_writer(staging: Staging) -> None:
+    """As large as the disk lets it seem: its digest would take minutes."""
+    async with staging.running():
+        huge = staging.create(100)
+        staging.files.truncate(huge, 200 << 30)
+        await staging.close_file(huge)
+        data = os.urandom(QUEUE_CHUNKS << 21)
+        file = staging.create(200)
+        with trio.fail_after(30):
+            await staging.write(file, data)
+            await staging.close_file(file)
+            assert await staging.digest(200) == Digest.of(data)
+        assert staging.store.summary(100) is None
+    # And the end of the block did not wait for it either.
+
+
+async def test_the_queue_is_in_order_and_bounded() -> None:
+    queue = HashQueue()
+    done: list[int] = []
+    for number in range(QUEUE_CHUNKS):
+        await queue.put(lambda: None, lambda number=number: done.append(number))  # type: ignore[misc]
+    with trio.move_on_after(0.01) as waiting:
+        await queue.put(lambda: None, lambda: None)
+    assert waiting.cancelled_caught
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(queue.run)
+        last = trio.Event()
+        await queue.put(lambda: None, last.set)
+        with trio.fail_after(30):
+            await last.wait()
+        nursery.cancel_scope.cancel()
+    assert done == list(range(QUEUE_CHUNKS))
