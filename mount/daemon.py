@@ -158,8 +158,9 @@ class Daemon:
                     nursery.cancel_scope.deadline = trio.current_time() + STOP_SECONDS
                     nursery.cancel_scope.cancel()
             self._say_what_is_left()
-        finally:
             self._unmount()
+        finally:
+            self._leave_mounted()
             with trio.CancelScope(shield=True):
                 for backend in backends.values():
                     await backend.aclose()
@@ -212,6 +213,13 @@ class Daemon:
             self._mounted = False
             pyfuse3.close(unmount=not self._unmounted)
             log.info("unmounted %s", self._path)
+
+    def _leave_mounted(self) -> None:
+        """After a failure the mount stays, dead: whoever writes to it is told so, instead of to the folder below."""
+        if self._mounted:
+            self._mounted = False
+            pyfuse3.close(unmount=False)
+            log.error("%s stays mounted, without a daemon; the next start clears it", self._path)
 
     def _say_what_is_left(self) -> None:
         files, size_bytes = self._ingest.unfinished()
@@ -282,8 +290,9 @@ class Daemon:
 
         with suppress(NotFound):  # someone else was quicker: publish says so
             await self._ingest.publisher.wait_stored(node.inode, report=tell)
-            if self._ingest.tree.version(name, version).inode != node.inode:
-                raise StateError(f"ingest/{name}/{version} was replaced by another one while it was stored")
+        tree = self._ingest.tree
+        if tree.find(node.inode) is not None and tree.version_path(node.inode) != (name, version):
+            raise NotFound(f"ingest/{name}/{version} was renamed while it was stored")
         await self._ingest.publisher.publish(
             node.inode,
             name,

@@ -38,7 +38,7 @@ _TABLE: Final[tuple[tuple[type[BaseException], int], ...]] = (
     (errors.CatalogFull, errno.ENOSPC),
 )
 
-_PASSED_ON: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EINVAL, errno.ENOMEM})
+_PASSED_ON: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EINVAL, errno.ENOMEM, errno.ENFILE})
 """What the staging disk's own errors keep; anything else of it is EIO."""
 
 EIO: Final = errno.EIO
@@ -50,6 +50,8 @@ def errno_of(exc: BaseException) -> int:
     for kind, number in _TABLE:
         if isinstance(exc, kind):
             return number
+    if isinstance(exc, OSError) and exc.errno == errno.EMFILE:
+        return errno.ENFILE  # the limit that was reached is the daemon's, not the caller's
     if isinstance(exc, OSError) and exc.errno in _PASSED_ON:
         return exc.errno
     return errno.EIO

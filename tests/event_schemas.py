@@ -53,5 +53,6 @@ def catalogs_below(root: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if not os.path.ismount(os.path.join(folder, name))]
         if "catalog.db" in files:
             with suppress(CastoreError):
-                EventReader(Path(folder, "catalog.db")).close()
+                with EventReader(Path(folder, "catalog.db")) as reader:
+                    reader.last_sequence()
                 yield Path(folder, "catalog.db")

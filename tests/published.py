@@ -5,21 +5,25 @@ from __future__ import annotations
 import itertools
 import time
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import trio
 
 from castore.catalog.connection import create_catalog, open_writer
 from castore.catalog.event_log import EventReader
 from castore.catalog.reader import CatalogReader
 from castore.catalog.records import Kind, Location
-from castore.catalog.writer import CatalogWriter
+from castore.catalog.writer import CatalogWriter, Transaction
 from castore.config import parse_config
 from castore.digest import MANIFEST_ALGORITHM, BlobHasher, BlobSummary, Digest
 from castore.storage.open import create_backend, open_backend
 from castore.storage.source import BytesSource
 from castore.storage.spi import StorageBackend
 from tests.places import Place
+
+T = TypeVar("T")
 
 
 def summary_of(data: bytes, algorithm: str = "sha256") -> BlobSummary:
@@ -70,17 +74,30 @@ class PublishedStore:
 
     async def store(self, data: bytes, *backend_ids: str, algorithm: str = "sha256") -> BlobSummary:
         """Put bytes into backends, by default all, as a daemon does."""
+        summary = await self._put(data, backend_ids or tuple(self.backends), algorithm)
+        self.add_locations((summary, backend_id) for backend_id in backend_ids or self.backends)
+        return summary
+
+    async def _put(self, data: bytes, backend_ids: tuple[str, ...], algorithm: str = "sha256") -> BlobSummary:
         summary = summary_of(data, algorithm)
-        for backend_id in backend_ids or self.backends:
-            await self.backends[backend_id].put(summary.digest, BytesSource(data))
-            self.add_location(summary, backend_id)
+        async with trio.open_nursery() as nursery:
+            for backend_id in backend_ids:
+                nursery.start_soon(self.backends[backend_id].put, summary.digest, BytesSource(data))
         return summary
 
     def add_location(self, summary: BlobSummary, backend_id: str) -> None:
         """The catalog learns that a put was acknowledged."""
+        self.add_locations([(summary, backend_id)])
+
+    def add_locations(self, stored: Iterable[tuple[BlobSummary, str]]) -> None:
+        """The same of many, in one transaction."""
+        self.write(lambda transaction: transaction.add_locations(stored))
+
+    def write(self, work: Callable[[Transaction], T]) -> T:
+        """One transaction, as another process makes it."""
         writer = CatalogWriter(self.catalog_path)
         try:
-            writer.run_sync(lambda transaction: transaction.add_locations([(summary, backend_id)]))
+            return writer.run_sync(work)
         finally:
             writer.close()
 
@@ -91,42 +108,40 @@ class PublishedStore:
         """
         name, version = ref.split("/")
         chosen = tuple(backend_ids or self.backends)
-        blobs = {path: await self.store(data, *chosen) for path, data in files.items()}
-        manifest = await self.store(f"the manifest of {ref}".encode(), *chosen, algorithm=MANIFEST_ALGORITHM)
+        manifest = await self._put(f"the manifest of {ref}".encode(), chosen, MANIFEST_ALGORITHM)
+        blobs = {path: await self._put(data, chosen) for path, data in files.items()}
+        stored = [*blobs.values(), manifest]
+        self.add_locations((summary, backend_id) for summary in stored for backend_id in chosen)
         root = next(self._numbers)
-        writer = CatalogWriter(self.catalog_path)
-        try:
-            parent = writer.run_sync(
-                lambda transaction: transaction.add_package_name(
-                    name,
-                    inode=next(self._numbers),
-                    latest_inode=next(self._numbers),
-                    uid=0,
-                    gid=0,
-                    mode=0o755,
-                    now_ns=time.time_ns(),
-                    version=version,
-                )
+        parent = self.write(
+            lambda transaction: transaction.add_package_name(
+                name,
+                inode=next(self._numbers),
+                latest_inode=next(self._numbers),
+                uid=0,
+                gid=0,
+                mode=0o755,
+                now_ns=time.time_ns(),
+                version=version,
             )
-            self._add_entry(root, parent, version.encode(), Kind.DIRECTORY, 0)
-            self._add_entries(root, {path: self._blob_id(blob.digest) for path, blob in blobs.items()})
-            writer.run_sync(
-                lambda transaction: transaction.add_package(
-                    name=name,
-                    version=version,
-                    root_id=root,
-                    producer="tests",
-                    retention_class="standard",
-                    publisher_uid=0,
-                    published_at_ns=time.time_ns(),
-                    file_count=len(files),
-                    size_bytes=sum(map(len, files.values())),
-                    manifest=manifest,
-                    backend_ids=chosen,
-                )
+        )
+        self._add_entry(root, parent, version.encode(), Kind.DIRECTORY, 0)
+        self._add_entries(root, {path: self._blob_id(blob.digest) for path, blob in blobs.items()})
+        self.write(
+            lambda transaction: transaction.add_package(
+                name=name,
+                version=version,
+                root_id=root,
+                producer="tests",
+                retention_class="standard",
+                publisher_uid=0,
+                published_at_ns=time.time_ns(),
+                file_count=len(files),
+                size_bytes=sum(map(len, files.values())),
+                manifest=manifest,
+                backend_ids=chosen,
             )
-        finally:
-            writer.close()
+        )
         return {path: blob.digest for path, blob in blobs.items()} | {b"": manifest.digest}
 
     def _blob_id(self, digest: Digest) -> int:

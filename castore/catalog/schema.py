@@ -41,7 +41,7 @@ _TABLES_1: Final = (
     ) WITHOUT ROWID""",
     # The immutable bytes of files, and the manifests of packages (algorithm 'manifest-sha256').
     """CREATE TABLE blobs (
-        blob_id INTEGER PRIMARY KEY,
+        blob_id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never given anew: the kernel keeps pages of by-digest/ under it
         algorithm TEXT NOT NULL,              -- of the digest
         digest BLOB NOT NULL,                 -- 32 raw bytes
         size_bytes INTEGER NOT NULL,

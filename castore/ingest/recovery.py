@@ -60,10 +60,13 @@ def _compare_with_disk(store: WorkspaceStore, files: StagedFiles) -> None:
         else:
             os.unlink(item.path)
     # After a power cut a name may be older or newer than its bytes: what the disk holds is then the file.
-    differing = [node for node in store.files() if sizes.pop(node.inode, -1) != node.size_bytes]
+    # A file that is failed still, after all that have a digest were staged again, could not be read: try that again.
+    doubtful = [
+        node for node in store.files() if sizes.pop(node.inode, -1) != node.size_bytes or node.state == "failed"
+    ]
     with store.transaction():
-        for node in differing:
-            log.warning("staged file %x has another size than when it was closed; it is hashed again", node.inode)
+        for node in doubtful:
+            log.warning("staged file %x is not as it was closed, or was not read; it is hashed again", node.inode)
             store.clear_summary(node.inode)
             files.measure(node)
     for inode in sizes:

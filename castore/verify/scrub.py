@@ -156,8 +156,9 @@ class Scrub:
                     outcome = await _look_at(reader, row)
                     looked_at += 1
                     errors = errors + 1 if outcome.verdict is Verdict.UNREADABLE else 0
+                    is_last_straw = errors >= patience
                     await results.send(outcome)
-                    if errors >= patience:
+                    if is_last_straw:
                         self.tally.stopped.setdefault(backend.backend_id, outcome.error)
                         nursery.cancel_scope.cancel()
 

@@ -31,7 +31,8 @@ def make_store(tmp_path: Path) -> Iterator[Callable[..., MountedStore]]:
     """Makes stores, each in a folder of its own; all are cleared away at the end.
 
     `ingest` is put in that section of the configuration, `place` and `port` are MountedStore's. Other users can reach
-    the mountpoint of a `reachable` store; pytest's own folders are private. A traceback in a daemon's log fails the test: something unforeseen was met.
+    the mountpoint of a `reachable` store; pytest's own folders are private. A traceback in a daemon's log fails the
+    test: something unforeseen was met.
     """
     stores: list[MountedStore] = []
     outside: list[Path] = []

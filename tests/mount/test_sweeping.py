@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,7 @@ import trio
 from castore.config import LocalSettings
 from castore.storage.open import create_backend
 from mount.sweeping import sweep_always
-
-SOON_SECONDS = 20.0
+from tests.mount.store import wait_until
 
 
 def leave(path: Path) -> Path:
@@ -27,10 +27,12 @@ def leave(path: Path) -> Path:
     return leftover
 
 
-async def until(done: Callable[[], bool]) -> None:
-    with trio.fail_after(SOON_SECONDS):
-        while not done():
-            await trio.sleep(0.01)
+def is_gone(path: Path) -> bool:
+    return not path.exists()
+
+
+async def until(done: Callable[[], bool], what: str) -> None:
+    await trio.to_thread.run_sync(wait_until, done, what)
 
 
 async def test_it_goes_on_and_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -40,14 +42,12 @@ async def test_it_goes_on_and_on(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     settings = LocalSettings("main", path)
     await create_backend(settings)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: sweep_always(settings, every_s=0.01))
+        nursery.start_soon(partial(sweep_always, settings, every_s=0.01))
         for _ in range(2):
-            leftover = leave(path)
-            await until(lambda leftover=leftover: not leftover.exists())  # type: ignore[misc]
+            await until(partial(is_gone, leave(path)), "it is swept")
         path.rename(tmp_path / "away")
-        await until(lambda: "backend main is not swept: " in caplog.text)
+        await until(lambda: "backend main is not swept: " in caplog.text, "the failure is logged")
         (tmp_path / "away").rename(path)
-        leftover = leave(path)
-        await until(lambda: not leftover.exists())
+        await until(partial(is_gone, leave(path)), "it is swept again")
         nursery.cancel_scope.cancel()
     assert caplog.text.count("backend main: 1 leftovers of broken puts removed") >= 2

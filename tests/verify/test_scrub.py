@@ -13,12 +13,11 @@ import trio.testing
 
 from castore.catalog.connection import open_writer
 from castore.catalog.records import FailureReason, LocationStatus
-from castore.catalog.writer import CatalogWriter
 from castore.digest import Digest
 from castore.errors import StateError, StorageDenied, StorageError, StorageUnavailable
 from castore.storage.spi import BackendHealth, StorageBackend
 from castore.storage.wrapping import Operation, Wrapping
-from castore.verify.scrub import ERRORS_IN_A_ROW, WORKERS, Outcome, Scrub, Tally, Verdict
+from castore.verify.scrub import BATCH_LOCATIONS, ERRORS_IN_A_ROW, WORKERS, Outcome, Scrub, Tally, Verdict
 from castore.verify.shard import Shard
 from tests.damage import DAMAGES, extend, flip_a_bit, remove, replace
 from tests.places import PLACES
@@ -215,27 +214,28 @@ async def test_a_backend_that_dies_meanwhile_is_given_up(store: PublishedStore, 
 
 
 async def test_a_backend_that_is_ill_gets_one_chance(store: PublishedStore) -> None:
-    await store.publish("demo/1", numbered_files(100))
+    digests = sorted((await store.publish("demo/1", numbered_files(60))).values())
     meddler = Meddler(store.backends["first"])
     meddler.is_healthy = False
-    meddler.error = StorageUnavailable("away")
-    tally, _ = await scrub(store, backends={"first": meddler})
-    assert meddler.heads <= WORKERS
-    assert list(tally.stopped) == ["first"]
     # Ill, perhaps because it cannot be written, but readable: all is read.
-    meddler.error = None
     tally, _ = await scrub(store, backends={"first": meddler})
-    assert tally.counts["verified"] == 101
+    assert (tally.stopped, tally.counts["verified"]) == ({}, 61)
+    meddler.errors = {digests[0]: StorageUnavailable("away")}
+    tally, _ = await scrub(store, backends={"first": meddler})
+    assert tally.stopped == {"first": "away"}
 
 
-async def test_one_object_that_cannot_be_read_does_not_stop_the_others(store: PublishedStore) -> None:
-    digests = await store.publish("demo/1", numbered_files(60))
+async def test_objects_that_cannot_be_read_do_not_stop_the_others(store: PublishedStore) -> None:
+    digests = sorted((await store.publish("demo/1", numbered_files(60))).values())
+    bad = set(digests[::5])
+    assert len(bad) > ERRORS_IN_A_ROW
     meddler = Meddler(store.backends["first"])
-    meddler.errors = {digests[b"file 7"]: StorageUnavailable("a bad sector")}
+    meddler.errors = {digest: StorageUnavailable("a bad sector") for digest in bad}
     tally, outcomes = await scrub(store, backends={"first": meddler})
-    assert (tally.stopped, tally.counts["unreadable"], tally.counts["verified"]) == ({}, 1, 60)
-    assert store.location(digests[b"file 7"], "first").status is LocationStatus.STORED
-    assert some(outcome.error for outcome in outcomes if outcome.verdict is Verdict.UNREADABLE) == "a bad sector"
+    assert (tally.stopped, tally.counts["unreadable"], tally.counts["verified"]) == ({}, len(bad), 61 - len(bad))
+    unreadable = [outcome for outcome in outcomes if outcome.verdict is Verdict.UNREADABLE]
+    assert {(outcome.row.digest, outcome.error) for outcome in unreadable} == {(one, "a bad sector") for one in bad}
+    assert {str(store.location(digest, "first").status) for digest in bad} == {"stored"}
 
 
 @pytest.mark.parametrize("change", ["put anew", "failed by a read", "deleted"])
@@ -256,9 +256,7 @@ async def test_what_changes_meanwhile_keeps_its_new_state(store: PublishedStore,
         if change == "put anew":
             store.add_location(summary, "first")
         elif change == "failed by a read":
-            writer = CatalogWriter(store.catalog_path)
-            await writer.run(lambda transaction: transaction.fail_location(victim, "first", FailureReason.MISSING))
-            writer.close()
+            store.write(lambda transaction: transaction.fail_location(victim, "first", FailureReason.MISSING))
         else:
             store.execute(
                 "DELETE FROM storage_locations WHERE backend_id = 'first' "
@@ -314,20 +312,27 @@ async def test_interrupted_it_keeps_what_it_found(store: PublishedStore) -> None
     assert run.tally.done_count == len(outcomes) == len(store.events()) == 40
 
 
-async def test_a_locked_catalog_is_waited_for(store: PublishedStore) -> None:
-    await store.publish("demo/1", numbered_files(10))
+@pytest.mark.parametrize("is_interrupted", [False, True], ids=["to the end", "interrupted"])
+async def test_a_locked_catalog_is_waited_for(store: PublishedStore, is_interrupted: bool) -> None:
+    # More than fits a transaction: when the first one waits for its turn, others wait in the queue.
+    files = numbered_files(BATCH_LOCATIONS + 20)
+    await store.publish("demo/1", files, "first")
     other = open_writer(store.catalog_path)
-    run = Scrub(store.catalog_path, store.backends)
+    run = Scrub(store.catalog_path, {"first": store.backends["first"]})
     async with trio.open_nursery() as nursery:
         other.execute("BEGIN IMMEDIATE")
         nursery.start_soon(run.run)
         with trio.fail_after(20):
             while run.tally.total_bytes is None or run.tally.read_bytes < run.tally.total_bytes:
                 await trio.lowlevel.checkpoint()
+            await trio.testing.wait_all_tasks_blocked()
         assert run.tally.done_count == 0
+        if is_interrupted:
+            nursery.cancel_scope.cancel()
         other.execute("COMMIT")
     other.close()
-    assert run.tally.counts["verified"] == 22
+    assert run.tally.counts["verified"] == len(files) + 1
+    assert len(store.events()) == len(files) + 1
 
 
 async def test_without_a_catalog(tmp_path: Path) -> None:
@@ -335,10 +340,19 @@ async def test_without_a_catalog(tmp_path: Path) -> None:
         await Scrub(tmp_path / "catalog.db", {}).run()
 
 
-async def test_a_catalog_that_is_damaged(store: PublishedStore) -> None:
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("ALTER TABLE storage_locations RENAME TO gone", "no such table: storage_locations"),
+        # Of all that is asked, only the rows need this.
+        ("ALTER TABLE storage_locations RENAME COLUMN stored_at_ns TO gone", "no such column: stored_at_ns"),
+        ("ALTER TABLE events RENAME TO gone", "no such table: events"),
+    ],
+)
+async def test_a_catalog_that_is_damaged(store: PublishedStore, damage: str, said: str) -> None:
     await store.publish("demo/1", FILES)
-    store.execute("ALTER TABLE storage_locations RENAME TO gone")
-    with pytest.raises(StateError, match="no such table: storage_locations"):
+    store.execute(damage)
+    with pytest.raises(StateError, match=said):
         await scrub(store)
 
 
