@@ -251,7 +251,8 @@ class _Run:
             )
             click.echo(", ".join(f"{verdict}: {count}" for verdict, count in tally.counts.items()))
         for backend_id, error in tally.stopped.items():
-            print(f"castore: error: backend {printable(backend_id)} is given up: {printable(error)}", file=sys.stderr)
+            why = printable(error.removeprefix(f"backend {backend_id}: "))
+            print(f"castore: error: backend {printable(backend_id)} is given up: {why}", file=sys.stderr)
         if self._interrupted:
             print(f"castore: interrupted: what was found of {tally.done_count} locations is recorded", file=sys.stderr)
 

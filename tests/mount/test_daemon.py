@@ -71,12 +71,15 @@ def test_it_ends_while_someone_waits(make_store: Callable[..., MountedStore]) ->
         (box / "huge").touch()
         os.truncate(box / "huge", 90 << 30)
         with subprocess.Popen([sys.executable, "-c", SYNC, box], stdout=subprocess.PIPE) as sync:
-            assert sync.stdout is not None
-            sync.stdout.read(1)
-            wait_until(lambda: state_of(sync.pid) in "SD", "sync waits")
-            daemon.send_signal(signal.SIGTERM)
-            said = ended_cleanly(daemon, store)
-            assert sync.wait(WAIT_SECONDS) == 1
+            try:
+                assert sync.stdout is not None
+                sync.stdout.read(1)
+                wait_until(lambda: state_of(sync.pid) in "SD", "sync waits")
+                daemon.send_signal(signal.SIGTERM)
+                said = ended_cleanly(daemon, store)
+                assert sync.wait(WAIT_SECONDS) == 1
+            finally:
+                sync.kill()
     assert "1 files (96636764160 bytes) stay staged" in said
     store.mount()
     (box / "huge").unlink()
