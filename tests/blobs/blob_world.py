@@ -146,9 +146,10 @@ class World:
         )
 
     def forget(self, blob: Blob) -> None:
-        """Delete the blob's rows: the next blob gets its number."""
+        """Delete the blob's rows; as in a catalog that was made anew, the next blob gets its number."""
         self._writer.execute("DELETE FROM storage_locations WHERE blob_id = ?", [blob.blob_id])
         self._writer.execute("DELETE FROM blobs WHERE blob_id = ?", [blob.blob_id])
+        self._writer.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = 'blobs'", [blob.blob_id - 1])
 
     def reader(self, *, memory_bytes: int = MEMORY_BYTES) -> BlobReader:
         return BlobReader(self.catalog, self.backends, memory_bytes=memory_bytes, on_bad_location=self._report)
