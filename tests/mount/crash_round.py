@@ -132,7 +132,11 @@ class CrashRounds:
             for line in child.stdout:
                 told.hear(json.loads(line))
             assert child.wait(WAIT_SECONDS) == 0
-        assert told.died in (errno.ENOTCONN, errno.ECONNABORTED), told.died
+        # What fails in the page cache, where only the step that appends reads, is EIO to the kernel. From the daemon
+        # none may come: it would have logged it.
+        expected = {errno.ENOTCONN, errno.ECONNABORTED} | ({errno.EIO} if told.step == "append" else set())
+        assert told.died in expected, (told.died, told.step)
+        assert "mount.guard" not in self.store.log()
         self.version += 1 + len(told.published)
         self.published |= told.published
         self._check_inodes(told)
@@ -174,7 +178,7 @@ class CrashRounds:
 
     def _stored_manifests(self) -> set[str]:
         folder = self.store.objects / "manifest-sha256"
-        return {path.name for path in folder.rglob("*") if path.is_file() and path not in self._half_puts()}
+        return {path.name for path in folder.rglob("?" * 64) if path.is_file()}
 
     # what is there
 
