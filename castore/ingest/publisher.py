@@ -161,7 +161,7 @@ class Publisher:
                 self._check_failed(version_inode)
             except CastoreError as exc:
                 if exc.temporary:
-                    raise PublishBusy(f"a file is not stored yet: {exc}; it is tried again") from exc
+                    raise PublishBusy(self._busy_reason(version_inode, exc)) from exc
                 raise
             if self._store.any_in_state(version_inode, *UNFINISHED) is None and not self._writers(version_inode):
                 return
@@ -248,12 +248,14 @@ class Publisher:
             raise NotFound("the version was moved into another one")
         return self._tree.version_path(version_inode)
 
-    def _busy_reason(self, version_inode: int) -> str:
+    def _busy_reason(self, version_inode: int, error: CastoreError | None = None) -> str:
+        """What a version waits for, and the `error` that holds it up where there is one."""
         now = self.progress(version_inode)
         if now.stored_files == now.total_files:
             return "a file is open for writing"
         files, size = now.total_files - now.stored_files, now.total_bytes - now.stored_bytes
-        return f"{files} of {now.total_files} files ({size} bytes) are not stored yet; try again"
+        why = f": {error}" if error else ""
+        return f"{files} of {now.total_files} files ({size} bytes) are not stored yet{why}; try again"
 
     @asynccontextmanager
     async def _frozen(self, version_inode: int, place: tuple[str, str]) -> AsyncIterator[None]:
