@@ -1,10 +1,11 @@
-"""What the kernel says is mounted, from `/proc/self/mountinfo` (proc(5)). Never touches a mountpoint: it may hang."""
+"""What the kernel says is mounted, from `/proc/self/mountinfo` (proc(5)). Touches no mountpoint but in `is_dead`."""
 
 from __future__ import annotations
 
 import os
 import re
 import select
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ SOURCE_PREFIX: Final = "castore:"
 _PLAIN: Final = "".join(map(chr, range(32, 127))).replace("%", "")
 
 _OCTAL = re.compile(rb"\\([0-7]{3})")
+PROBE_SECONDS: Final = 2.0
+"""For a `statfs`, which the kernel never answers itself and any living daemon does at once."""
 _LINKS_MAX: Final = 40
 """As many symbolic links as the kernel follows."""
 
@@ -81,6 +84,27 @@ def resolve_mountpoint(path: Path) -> Path:
             break
         current = os.path.abspath(os.path.join(os.path.dirname(current), target))
     return Path(current)
+
+
+def is_dead(mountpoint: Path) -> bool | None:
+    """Whether the daemon behind a mount is gone; None when that cannot be said within PROBE_SECONDS: it hangs."""
+    answers: list[bool] = []
+
+    def probe() -> None:
+        try:
+            os.statvfs(mountpoint)
+        except PermissionError:
+            answers.append(False)
+        except OSError:
+            answers.append(True)
+        else:
+            answers.append(False)
+
+    # A thread, because nothing else can give up waiting for a file system.
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return answers[0] if answers else None
 
 
 def wait_unmounted(mount: Mount, seconds: float) -> None:

@@ -7,16 +7,13 @@ import logging
 import os
 import resource
 import signal
-import time
-from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 import pyfuse3
 import trio
 
-from castore.api.control import Report, serve_control
+from castore.api.control import serve_control
 from castore.api.health import HealthDocument, queue_state
 from castore.api.http_api import HttpApi
 from castore.api.http_server import open_listener, serve_http, url_of
@@ -29,15 +26,14 @@ from castore.catalog.records import FailureReason
 from castore.catalog.writer import CatalogWriter
 from castore.config import Config
 from castore.digest import Digest
-from castore.errors import ConfigError, NotFound, StateError, StateLocked
-from castore.ingest.publisher import PublishProgress
+from castore.errors import ConfigError, StateError, StateLocked
 from castore.ingest.service import Ingest
 from castore.mountinfo import mount_source
 from castore.registry.locations import record_bad_read
-from castore.registry.names import parse_ref
 from castore.storage.open import open_backend
 from mount import kernel, mountpoint
 from mount.by_digest import ByDigestTree
+from mount.commands import Commands
 from mount.control import ControlTree
 from mount.guard import waits
 from mount.operations import CastoreOperations
@@ -48,11 +44,10 @@ log = logging.getLogger(__name__)
 
 STOP_SECONDS: Final = 20.0
 """From a signal to the end of the background work; with the unmount it stays below the 30 s that are promised."""
-DRAIN_REPORT_SECONDS: Final = 0.25
-FORGET_SECONDS: Final = 1.0
-"""For the kernel to forget a name, beyond what it may have to wait for a publish by rename."""
 
-_OPTIONS: Final = frozenset({"allow_other", "allow_root", "rw", "nosuid", "suid", "nodev", "dev", "noexec", "exec"})
+_OPTIONS: Final = frozenset(
+    {"allow_other", "allow_root", "ro", "rw", "nosuid", "suid", "nodev", "dev", "noexec", "exec"}
+)
 
 
 def parse_options(text: str, *, allow_other: bool) -> frozenset[str]:
@@ -69,11 +64,16 @@ def parse_options(text: str, *, allow_other: bool) -> frozenset[str]:
     for safe, unsafe in (("nosuid", "suid"), ("nodev", "dev")):
         if unsafe not in options:
             options.add(safe)
+    if {"ro", "rw"} <= options:
+        raise ConfigError("-o ro,rw: a mount is read-only or not; give one of them")
     return frozenset(options - {"rw"})
 
 
 class Daemon:
-    """One writing mount. A context manager: on entry everything that can fail before mounting has been checked.
+    """One mount. A context manager: on entry everything that can fail before mounting has been checked.
+
+    The writing mount of a state directory holds its lock, and alone has ingest/, the control socket and the HTTP API.
+    With the option `ro` any number of others shows what is published.
 
     Raises ConfigError, StateError, StateLocked and CatalogTooNew, with nothing changed.
     """
@@ -82,6 +82,7 @@ class Daemon:
         self._config = config
         self._path = path
         self._options = options
+        self._ingest: Ingest | None = None
         self._lock: int | None = None
         self._mounted = False
         self._unmounted = False
@@ -92,11 +93,12 @@ class Daemon:
         state_dir = self._config.store.state_dir
         self._config.check_references()
         open_reader(self._config.store.catalog_path).close()
-        self._lock = _take_lock(self._config.store.run_dir / "lock", state_dir)
+        if "ro" not in self._options:
+            self._lock = _take_lock(self._config.store.run_dir / "lock", state_dir)
         try:
-            self._path = mountpoint.prepare(self._path, state_dir)
+            self._path = mountpoint.prepare(self._path, state_dir, is_writer=self._lock is not None)
         except BaseException:
-            os.close(self._lock)
+            self.__exit__()
             raise
         return self
 
@@ -119,21 +121,24 @@ class Daemon:
         writer = CatalogWriter(config.store.catalog_path)
         self._writer = writer
         blobs = BlobReader(catalog, backends, on_bad_location=self._record_failure)
-        ingest = Ingest(
-            config, catalog=catalog, writer=writer, backends=backends, on_published=self._invalidate_published
-        )
+        ingest = None
+        if self._lock is not None:
+            ingest = Ingest(
+                config, catalog=catalog, writer=writer, backends=backends, on_published=self._invalidate_published
+            )
         self._ingest = ingest
         self._status = StatusDocument(
             state_dir=config.store.state_dir, mountpoint=self._path, catalog=catalog, ingest=ingest, blobs=blobs
         )
         probes = BackendProbes(backends)
         self._health = HealthDocument(
-            catalog_path=config.store.catalog_path, probes=probes, queue=lambda: queue_state(ingest)
+            catalog_path=config.store.catalog_path,
+            probes=probes,
+            queue=lambda: None if ingest is None else queue_state(ingest),
         )
-        packages = PackagesTree(catalog, blobs, ingest)
         self._operations = CastoreOperations(
             catalog=catalog,
-            packages=packages,
+            packages=PackagesTree(catalog, blobs, ingest),
             by_digest=ByDigestTree(catalog),
             control=ControlTree(status=self._make_status, health=self._health.make),
             ingest=ingest,
@@ -141,15 +146,13 @@ class Daemon:
             sync_wait_seconds=config.ingest.sync_wait_seconds,
         )
         try:
-            await ingest.recover()
+            if ingest is not None:
+                await ingest.recover()
             async with trio.open_nursery() as nursery:
                 await nursery.start(blobs.run)
                 await nursery.start(probes.run)
-                nursery.start_soon(self._serve_http)
-                nursery.start_soon(ingest.run)
-                for settings in config.backends.values():
-                    nursery.start_soon(sweep_always, settings)
-                await nursery.start(serve_control, config.store.control_path, self._handlers())
+                if ingest is not None:
+                    await self._start_writing(nursery, ingest)
                 self._mount()
                 nursery.start_soon(self._stop_on_signal)
                 try:
@@ -164,9 +167,25 @@ class Daemon:
             with trio.CancelScope(shield=True):
                 for backend in backends.values():
                     await backend.aclose()
-            ingest.close()
+            if ingest is not None:
+                ingest.close()
             writer.close()
             catalog.close()
+
+    async def _start_writing(self, nursery: trio.Nursery, ingest: Ingest) -> None:
+        """All that only the writing mount of a state directory does."""
+        nursery.start_soon(self._serve_http)
+        nursery.start_soon(ingest.run)
+        for settings in self._config.backends.values():
+            nursery.start_soon(sweep_always, settings)
+        commands = Commands(
+            self._config.ingest,
+            ingest=ingest,
+            status=self._status,
+            operations=self._operations,
+            take_away=self._take_away,
+        )
+        await nursery.start(serve_control, self._config.store.control_path, commands.handlers())
 
     # mounting
 
@@ -222,7 +241,7 @@ class Daemon:
             log.error("%s stays mounted, without a daemon; the next start clears it", self._path)
 
     def _say_what_is_left(self) -> None:
-        files, size_bytes = self._ingest.unfinished()
+        files, size_bytes = (0, 0) if self._ingest is None else self._ingest.unfinished()
         if files:
             log.warning(
                 "%d files (%d bytes) stay staged in %s; they go on after the next mount",
@@ -269,54 +288,11 @@ class Daemon:
             log.exception("the HTTP API failed unexpectedly; this mount goes on without it")
             self._health.notices.append("the HTTP API failed unexpectedly: the log says more")
 
-    # commands of the control socket
-
-    def _handlers(self) -> dict[str, Any]:
-        return {"status": self._answer_status, "publish": self._answer_publish, "umount": self._answer_umount}
-
     async def _make_status(self) -> dict[str, Any]:
         return self._status.make()
 
-    async def _answer_status(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
-        return self._status.make()
-
-    async def _answer_publish(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
-        name, version = parse_ref(str(request.get("ref", "")))
-        node = self._ingest.tree.version(name, version)
-        parent = self._ingest.tree.parent(node.inode)
-
-        async def tell(progress: PublishProgress) -> None:
-            await report(asdict(progress))
-
-        with suppress(NotFound):  # someone else was quicker: publish says so
-            await self._ingest.publisher.wait_stored(node.inode, report=tell)
-        tree = self._ingest.tree
-        if tree.find(node.inode) is not None and tree.version_path(node.inode) != (name, version):
-            raise NotFound(f"ingest/{name}/{version} was renamed while it was stored")
-        await self._ingest.publisher.publish(
-            node.inode,
-            name,
-            version.encode(),
-            wait_seconds=self._config.ingest.publish_wait_seconds,
-            report=tell,
-        )
-        await self._forget_old_name(parent, version.encode())
-        self._operations.forget_latest(name)
-        return {"ref": f"{name}/{version}"}
-
-    async def _forget_old_name(self, parent: int, version: bytes) -> None:
-        """The kernel was not asked, so it still knows a published version under its old name.
-
-        Until it forgets that, it may answer the new name with ESTALE. It waits for whoever holds the old parent, a
-        publish by rename at the most.
-        """
-        with trio.move_on_after(self._config.ingest.publish_wait_seconds + FORGET_SECONDS):
-            await trio.to_thread.run_sync(_forget_entry, parent, version, abandon_on_cancel=True)
-
-    async def _answer_umount(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
-        if not request.get("force"):
-            await self._drain(float(request.get("timeout_seconds", 600.0)), report)
-        files, size_bytes = self._ingest.unfinished()
+    async def _take_away(self) -> None:
+        """Unmount while the daemon serves, so that whoever asked is answered. Raises StateError when it is in use."""
         with trio.CancelScope(shield=True):
             await self._unmounting.acquire()
             try:
@@ -326,29 +302,6 @@ class Daemon:
                 waits.end()  # those who asked are gone
             finally:
                 self._unmounting.release()
-        return {"staged_files": files, "staged_bytes": size_bytes}
-
-    async def _drain(self, seconds: float, report: Report) -> None:
-        """Wait until all closed files are stored. Raises StateError when that takes longer than `seconds`."""
-        end = time.monotonic() + seconds
-        while (left := self._ingest.unfinished())[0]:
-            await report({"staged_files": left[0], "staged_bytes": left[1]})
-            if time.monotonic() > end:
-                raise StateError(
-                    f"{left[0]} files ({left[1]} bytes) are not stored after {seconds:g} s; wait on, or use --force"
-                )
-            with trio.move_on_after(DRAIN_REPORT_SECONDS):
-                await self._ingest.uploader.progress.wait()
-
-
-def _forget_entry(parent: int, name: bytes) -> None:
-    """Make the kernel forget a name. Blocks while a rename in that directory waits: never call it in a handler."""
-    try:
-        pyfuse3.invalidate_entry(parent, name)
-    except FileNotFoundError:
-        pass  # it did not know it
-    except OSError as exc:
-        log.debug("%r in inode %d is not invalidated: %s", name, parent, exc)
 
 
 def _take_lock(path: Path, state_dir: Path) -> int:

@@ -27,13 +27,14 @@ class IngestFiles:
     """The writable tree."""
 
     def __init__(self, ingest: Ingest) -> None:
+        self.tree = ingest.tree
+        self.staged = ingest.files
         self._ingest = ingest
-        self._tree = ingest.tree
         self._started_ns = time.time_ns()
 
     def has(self, inode: int) -> bool:
         """Whether the inode is in this tree now."""
-        return inode == INGEST_ROOT or self._tree.find(inode) is not None
+        return inode == INGEST_ROOT or self.tree.find(inode) is not None
 
     # looking
 
@@ -48,27 +49,27 @@ class IngestFiles:
                 mtime_ns=self._started_ns,
                 seconds=CHANGING_SECONDS,
             )
-        return of_node(self._tree.get(inode))
+        return of_node(self.tree.get(inode))
 
     def lookup(self, parent: int, name: bytes) -> pyfuse3.EntryAttributes:
         """Attributes of a name, or the answer that it is absent: only this mount can make it."""
-        node = self._tree.lookup(parent, name)
+        node = self.tree.lookup(parent, name)
         return absent(INGEST_SECONDS) if node is None else of_node(node)
 
     def parent(self, inode: int) -> int:
         """The directory above a directory."""
-        return 1 if inode == INGEST_ROOT else self._tree.parent(inode)
+        return 1 if inode == INGEST_ROOT else self.tree.parent(inode)
 
     def children(self, inode: int, after: int) -> Iterator[Child]:
         """The entries of a directory with a cookie above `after`."""
-        while page := self._tree.children(inode, after, PAGE):
+        while page := self.tree.children(inode, after, PAGE):
             for cookie, name, node in page:
                 yield cookie, name, of_node(node)
             after = page[-1][0]
 
     def readlink(self, inode: int) -> bytes:
         """The target of a symbolic link."""
-        return self._tree.readlink(inode)
+        return self.tree.readlink(inode)
 
     # attributes that users ask for
 
@@ -76,9 +77,9 @@ class IngestFiles:
         """An extended attribute, computed or set. Raises NoAttribute."""
         if inode == INGEST_ROOT or not name.startswith(b"user."):
             raise NoAttribute("no such attribute")
-        node = self._tree.get(inode)
+        node = self.tree.get(inode)
         computed = await self._computed(node, name) if name.startswith((b"user.castore.", b"user.hash.")) else b""
-        return computed or self._tree.attribute(inode, name)
+        return computed or self.tree.attribute(inode, name)
 
     async def _computed(self, node: Node, name: bytes) -> bytes:
         if node.kind is Kind.FILE and name == STATE:
@@ -100,46 +101,50 @@ class IngestFiles:
 
     def open(self, inode: int, flags: int) -> StagedHandle:
         """A handle on a file; O_TRUNC cuts it."""
-        node = self._tree.get(inode)
+        node = self.tree.get(inode)
         if node.kind is Kind.DIRECTORY:
             raise IsADirectory("not a file")
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         if writable or flags & os.O_TRUNC:
-            self._tree.check_writable(node)
-        file = self._ingest.files.open(node, writable=writable)
+            self.tree.check_writable(node)
+        file = self.staged.open(node, writable=writable)
         if flags & os.O_TRUNC and writable:
             try:
-                self._ingest.files.truncate(file, 0)
+                self.staged.truncate(file, 0)
             except BaseException:
-                self._ingest.files.abandon(file)
+                self.staged.abandon(file)
                 raise
         return StagedHandle(file, writable)
 
     def create(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> tuple[StagedHandle, Node]:
         """A new file and its first handle."""
-        node = self._tree.create(parent, name, mode=mode, uid=uid, gid=gid)
+        node = self.tree.create(parent, name, mode=mode, uid=uid, gid=gid)
         try:
-            file = self._ingest.files.create(node)
+            file = self.staged.create(node)
         except OSError:
-            self._tree.unlink(parent, name)  # no descriptor, no room: then no name either
+            self.tree.unlink(parent, name)  # no descriptor, no room: then no name either
             raise
         return StagedHandle(file, writable=True), node
 
     async def set_size(self, inode: int, size_bytes: int, handle: StagedHandle | None) -> None:
         """truncate and ftruncate."""
         if handle is not None and handle.writable:
-            self._ingest.files.truncate(handle.file, size_bytes)
+            self.staged.truncate(handle.file, size_bytes)
             return
         temporary = self.open(inode, os.O_WRONLY)
         try:
-            self._ingest.files.truncate(temporary.file, size_bytes)
+            self.staged.truncate(temporary.file, size_bytes)
         finally:
-            await self._ingest.files.release(temporary.file, writable=True)
+            await self.staged.release(temporary.file, writable=True)
+
+    async def publish(self, inode: int, name: str, version: bytes, *, wait_seconds: float) -> None:
+        """Publish a version; what may go wrong, Publisher.publish says."""
+        await self._ingest.publisher.publish(inode, name, version, wait_seconds=wait_seconds)
 
     async def sync_directory(self, inode: int, *, wait_seconds: float) -> None:
         """fsync of a directory: its names are durable; of a VERSION also: all closed files below are stored."""
-        await self._ingest.files.sync_names()
-        node = self._tree.find(inode)
+        await self.staged.sync_names()
+        node = self.tree.find(inode)
         if node is None or not node.is_version:
             return
         with waits.within(wait_seconds):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from castore.errors import StateError
-from castore.mountinfo import mount_at, resolve_mountpoint
+from castore.mountinfo import is_dead, mount_at, resolve_mountpoint
 
 DEAD_MOUNTS_MAX: Final = 16
 """Dead mounts on top of each other that are cleared; more is somebody's doing."""
@@ -26,11 +26,11 @@ class MountUser:
     by: str
 
 
-def prepare(path: Path, state_dir: Path) -> Path:
+def prepare(path: Path, state_dir: Path, *, is_writer: bool) -> Path:
     """The resolved mountpoint, ready to be mounted. Dead mounts of this store there are cleared.
 
-    Raises StateError when it is missing, no directory, not empty, or has something mounted. The caller holds the state
-    directory's lock, so a writable mount of this state directory that is still there has no daemon.
+    `is_writer` says that the caller holds the state directory's lock, so that a writable mount of it has no daemon.
+    Raises StateError when it is missing, no directory, not empty, or has something mounted.
     """
     resolved = resolve_mountpoint(path)
     for _ in range(DEAD_MOUNTS_MAX):
@@ -39,6 +39,8 @@ def prepare(path: Path, state_dir: Path) -> Path:
             break
         if there.state_dir != state_dir:
             raise StateError(f"{resolved}: something is mounted there ({there.fs_type}); unmount it or choose another")
+        if (there.read_only or not is_writer) and is_dead(resolved) is False:
+            raise StateError(f"{resolved}: the store is mounted there already")
         detach(resolved)
     if not resolved.exists():
         raise StateError(f"{resolved}: there is no such directory; make it with `mkdir -p`")

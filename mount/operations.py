@@ -40,7 +40,7 @@ _TOP = {b"packages": PACKAGES, b"ingest": INGEST_ROOT, b"by-digest": BY_DIGEST, 
 
 
 class CastoreOperations(pyfuse3.Operations):
-    """The handlers of one mount."""
+    """The handlers of one mount. `ingest` is None on a read-only one, where the kernel refuses what would write."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False
@@ -52,7 +52,7 @@ class CastoreOperations(pyfuse3.Operations):
         packages: PackagesTree,
         by_digest: ByDigestTree,
         control: ControlTree,
-        ingest: Ingest,
+        ingest: Ingest | None,
         publish_wait_seconds: float,
         sync_wait_seconds: float,
     ) -> None:
@@ -61,9 +61,8 @@ class CastoreOperations(pyfuse3.Operations):
         self._packages = packages
         self._by_digest = by_digest
         self._control = control
-        self._ingest = ingest
-        self._files = IngestFiles(ingest)
-        self._tree = ingest.tree
+        self._files = None if ingest is None else IngestFiles(ingest)
+        self._top = {name: inode for name, inode in _TOP.items() if ingest is not None or inode != INGEST_ROOT}
         self._publish_wait_seconds = publish_wait_seconds
         self._sync_wait_seconds = sync_wait_seconds
         self._started_ns = time.time_ns()
@@ -75,14 +74,22 @@ class CastoreOperations(pyfuse3.Operations):
             return self._by_digest
         if inode in (CONTROL, STATUS_FILE, HEALTH_FILE):
             return self._control
-        if self._files.has(inode):
+        if self._files is not None and self._files.has(inode):
             return self._files
         return self._packages
 
-    def _writable(self, inode: int) -> None:
-        """Raise ReadOnly unless the inode is in ingest/."""
-        if inode == ROOT or not self._files.has(inode):
+    @property
+    def _workspace(self) -> IngestFiles:
+        """The tree ingest/. Raises ReadOnly on a mount without it."""
+        if self._files is None:
+            raise ReadOnly("this mount is read-only")
+        return self._files
+
+    def _writable(self, inode: int) -> IngestFiles:
+        """The tree ingest/. Raises ReadOnly unless the inode is in it."""
+        if inode == ROOT or not self._workspace.has(inode):
             raise ReadOnly("only ingest/ can be written")
+        return self._workspace
 
     def _root(self) -> pyfuse3.EntryAttributes:
         return make(
@@ -103,13 +110,13 @@ class CastoreOperations(pyfuse3.Operations):
         if name == b"..":
             return self._attributes(ROOT if parent_inode == ROOT else self._parent(parent_inode))
         if parent_inode == ROOT:
-            if name not in _TOP:
+            if name not in self._top:
                 raise NotFound("no such entry")
-            return self._attributes(_TOP[name])
+            return self._attributes(self._top[name])
         return self._of(parent_inode).lookup(parent_inode, name)
 
     def _parent(self, inode: int) -> int:
-        if inode in _TOP.values():
+        if inode in self._top.values():
             return ROOT
         return self._of(inode).parent(inode)
 
@@ -137,7 +144,7 @@ class CastoreOperations(pyfuse3.Operations):
     @guarded
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         if fh == ROOT:
-            for name, inode in list(_TOP.items()):
+            for name, inode in list(self._top.items()):
                 if inode > start_id and not pyfuse3.readdir_reply(token, name, self._attributes(inode), inode):
                     return
             return
@@ -150,7 +157,7 @@ class CastoreOperations(pyfuse3.Operations):
 
     @guarded
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        return statfs_of(self._ingest.files)
+        return statfs_of(None if self._files is None else self._files.staged)
 
     # extended attributes
 
@@ -165,18 +172,16 @@ class CastoreOperations(pyfuse3.Operations):
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
         tree = self._of(inode)
         if isinstance(tree, IngestFiles):
-            return [] if inode == INGEST_ROOT else self._tree.attribute_names(inode)
+            return [] if inode == INGEST_ROOT else tree.tree.attribute_names(inode)
         return tree.attribute_names(inode) if isinstance(tree, PackagesTree) else []
 
     @guarded
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
-        self._writable(inode)
-        self._tree.set_attribute(inode, name, value)
+        self._writable(inode).tree.set_attribute(inode, name, value)
 
     @guarded
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        self._writable(inode)
-        self._tree.remove_attribute(inode, name)
+        self._writable(inode).tree.remove_attribute(inode, name)
 
     # names
 
@@ -184,17 +189,17 @@ class CastoreOperations(pyfuse3.Operations):
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        self._writable(parent_inode)
-        return of_node(self._tree.mkdir(parent_inode, name, mode=mode, uid=ctx.uid, gid=ctx.gid))
+        tree = self._writable(parent_inode).tree
+        return of_node(tree.mkdir(parent_inode, name, mode=mode, uid=ctx.uid, gid=ctx.gid))
 
     @guarded
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        self._writable(parent_inode)
+        files = self._writable(parent_inode)
         if not stat.S_ISREG(mode):
             raise NotPermitted("devices, sockets and fifos cannot be packaged")
-        handle, node = self._files.create(parent_inode, name, mode, ctx.uid, ctx.gid)
+        handle, node = files.create(parent_inode, name, mode, ctx.uid, ctx.gid)
         await self._release_staged(handle)
         return of_node(node)
 
@@ -202,27 +207,25 @@ class CastoreOperations(pyfuse3.Operations):
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        self._writable(parent_inode)
-        return of_node(self._tree.symlink(parent_inode, name, target, uid=ctx.uid, gid=ctx.gid))
+        tree = self._writable(parent_inode).tree
+        return of_node(tree.symlink(parent_inode, name, target, uid=ctx.uid, gid=ctx.gid))
 
     @guarded
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        self._writable(new_parent_inode)
-        if not self._files.has(inode):
+        files = self._writable(new_parent_inode)
+        if not files.has(inode):
             raise NotPermitted("hard links work inside one version only")
-        return of_node(self._tree.link(inode, new_parent_inode, new_name))
+        return of_node(files.tree.link(inode, new_parent_inode, new_name))
 
     @guarded
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        self._writable(parent_inode)
-        self._tree.unlink(parent_inode, name)
+        self._writable(parent_inode).tree.unlink(parent_inode, name)
 
     @guarded
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        self._writable(parent_inode)
-        self._tree.rmdir(parent_inode, name)
+        self._writable(parent_inode).tree.rmdir(parent_inode, name)
 
     @deadlined
     async def rename(
@@ -234,11 +237,11 @@ class CastoreOperations(pyfuse3.Operations):
         flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> None:
-        self._writable(parent_inode_old)
+        files = self._writable(parent_inode_old)
         if flags & ~pyfuse3.RENAME_NOREPLACE:
             raise InvalidName("two names cannot be exchanged")
-        if self._files.has(parent_inode_new):
-            self._tree.rename(
+        if files.has(parent_inode_new):
+            files.tree.rename(
                 parent_inode_old,
                 name_old,
                 parent_inode_new,
@@ -250,7 +253,7 @@ class CastoreOperations(pyfuse3.Operations):
 
     async def _publish(self, parent: int, name: bytes, new_parent: int, new_name: bytes) -> None:
         """A rename from ingest/NAME to packages/NAME is a publish; to anywhere else it is refused, never EXDEV."""
-        node = self._tree.lookup(parent, name)
+        node = self._workspace.tree.lookup(parent, name)
         if node is None:
             raise NotFound("no such version")
         target = self._packages.name_of(new_parent)
@@ -258,7 +261,7 @@ class CastoreOperations(pyfuse3.Operations):
             raise ReadOnly("only packages/NAME takes a version")
         if not node.is_version:
             raise InvalidName("only ingest/NAME/VERSION can be published")
-        await self._ingest.publisher.publish(node.inode, target.name, new_name, wait_seconds=self._publish_wait_seconds)
+        await self._workspace.publish(node.inode, target.name, new_name, wait_seconds=self._publish_wait_seconds)
         self.forget_latest(target.name)
 
     def forget_latest(self, name: str) -> None:
@@ -276,14 +279,14 @@ class CastoreOperations(pyfuse3.Operations):
         fh: int | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        self._writable(inode)
+        files = self._writable(inode)
         if inode == INGEST_ROOT:
             raise NotPermitted("ingest/ itself does not change")
         if fields.update_size:
             handle = None if fh is None else self.handles.staged(fh)
-            await self._files.set_size(inode, attr.st_size, handle)
+            await files.set_size(inode, attr.st_size, handle)
         return of_node(
-            self._tree.set_attributes(
+            files.tree.set_attributes(
                 inode,
                 mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
                 uid=attr.st_uid if fields.update_uid else None,
@@ -317,8 +320,7 @@ class CastoreOperations(pyfuse3.Operations):
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        self._writable(parent_inode)
-        handle, node = self._files.create(parent_inode, name, mode, ctx.uid, ctx.gid)
+        handle, node = self._writable(parent_inode).create(parent_inode, name, mode, ctx.uid, ctx.gid)
         return pyfuse3.FileInfo(fh=self.handles.add(handle)), of_node(node)
 
     @deadlined
@@ -328,18 +330,18 @@ class CastoreOperations(pyfuse3.Operations):
             # pyfuse3 takes any buffer, and a memoryview saves a copy.
             return cast(bytes, await handle.blob.read(off, size))
         if isinstance(handle, StagedHandle):
-            return self._ingest.files.read(handle.file, off, size)
+            return self._workspace.staged.read(handle.file, off, size)
         return handle.data[off : off + size]
 
     @deadlined
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        return await self._ingest.files.write(self.handles.staged(fh).file, off, buf)
+        return await self._workspace.staged.write(self.handles.staged(fh).file, off, buf)
 
     @deadlined
     async def flush(self, fh: int) -> None:
         handle = self.handles.get(fh)
         if isinstance(handle, StagedHandle) and handle.writable:
-            await self._ingest.files.flush(handle.file)
+            await self._workspace.staged.flush(handle.file)
 
     @deadlined
     async def release(self, fh: int) -> None:
@@ -350,15 +352,15 @@ class CastoreOperations(pyfuse3.Operations):
             handle.blob.close()
 
     async def _release_staged(self, handle: StagedHandle) -> None:
-        await self._ingest.files.release(handle.file, writable=handle.writable)
+        await self._workspace.staged.release(handle.file, writable=handle.writable)
 
     @deadlined
     async def fsync(self, fh: int, datasync: bool) -> None:
         handle = self.handles.get(fh)
         if isinstance(handle, StagedHandle):
-            await self._ingest.files.sync(handle.file)
+            await self._workspace.staged.sync(handle.file)
 
     @guarded
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        if fh != ROOT and self._files.has(fh):
+        if fh != ROOT and self._files is not None and self._files.has(fh):
             await self._files.sync_directory(fh, wait_seconds=self._sync_wait_seconds)

@@ -6,7 +6,6 @@ import contextlib
 import os
 import select
 import subprocess
-import threading
 import time
 from pathlib import Path
 from typing import Any, Final
@@ -18,12 +17,10 @@ from castore.cli.output import print_json, printable
 from castore.cli.progress import progress
 from castore.cli.session import common_options, json_option, mountpoint_argument
 from castore.errors import ConfigError, DeadlineExceeded, StateError
-from castore.mountinfo import Mount, mount_at, resolve_mountpoint, wait_unmounted
+from castore.mountinfo import Mount, is_dead, mount_at, resolve_mountpoint, wait_unmounted
 
 STATUS_SECONDS: Final = 5.0
 """For the question which mount a daemon serves, that it answers from memory."""
-PROBE_SECONDS: Final = 2.0
-"""For a `stat` of the mount's root, that any living daemon answers from memory."""
 END_SECONDS: Final = 40.0
 """From the end of the drain until the daemon is gone; it promises 30."""
 
@@ -138,7 +135,7 @@ def _wait_process(descriptor: int, seconds: float, mount: Mount) -> None:
 
 def _clear(mount: Mount, force: bool) -> dict[str, Any]:
     """Unmount what no writing daemon serves: a dead mount at once, a read-only one as long as nobody uses it."""
-    dead = _is_dead(mount.mountpoint)
+    dead = is_dead(mount.mountpoint)
     if dead is None and not force:
         raise DeadlineExceeded(
             f"{mount.mountpoint}: its daemon does not answer; `castore umount --force` unmounts without it"
@@ -151,30 +148,9 @@ def _clear(mount: Mount, force: bool) -> dict[str, Any]:
         if dead is False:
             break
         current = mount_at(mount.mountpoint)
-        if current is not None and _is_dead(current.mountpoint) is False:
+        if current is not None and is_dead(current.mountpoint) is False:
             break
     return {"staged_files": 0, "dead": dead is not False}
-
-
-def _is_dead(mountpoint: Path) -> bool | None:
-    """Whether the daemon behind a mount is gone; None when that cannot be said, because it hangs."""
-    answers: list[bool] = []
-
-    def probe() -> None:
-        try:
-            os.stat(mountpoint)
-        except PermissionError:
-            answers.append(False)
-        except OSError:
-            answers.append(True)
-        else:
-            answers.append(False)
-
-    # A thread, because nothing else can give up waiting for a file system.
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return answers[0] if answers else None
 
 
 def _fusermount(mountpoint: Path, *, lazily: bool) -> None:

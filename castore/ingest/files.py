@@ -414,11 +414,15 @@ class StagedFiles:
         self._open.clear()
 
 
+def disk_room_bytes(disk: os.statvfs_result) -> int:
+    """What the staging disk has for bytes of users: what is free, less what the workspace may need."""
+    reserve = min(RESERVE_BYTES, disk.f_blocks * disk.f_frsize // _RESERVE_SHARE)
+    return max(0, disk.f_bavail * disk.f_frsize - reserve)
+
+
 def _check_disk(descriptor: int, size_bytes: int) -> None:
     """Raise StagingFull when so many bytes more would take the workspace's room. Costs a microsecond."""
-    disk = os.fstatvfs(descriptor)
-    reserve = min(RESERVE_BYTES, disk.f_blocks * disk.f_frsize // _RESERVE_SHARE)
-    if disk.f_bavail * disk.f_frsize - size_bytes < reserve:
+    if size_bytes > disk_room_bytes(os.fstatvfs(descriptor)):
         raise StagingFull("the disk of the staging folder is full")
 
 
