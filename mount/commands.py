@@ -51,7 +51,7 @@ class Commands:
         return {"status": self._answer_status, "publish": self._publish, "umount": self._umount}
 
     async def _answer_status(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
-        return self._status.make()
+        return await self._status.make()
 
     async def _publish(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
         name, version = parse_ref(str(request.get("ref", "")))

@@ -19,6 +19,7 @@ from castore.api.http_api import HttpApi
 from castore.api.http_server import open_listener, serve_http, url_of
 from castore.api.probes import BackendProbes
 from castore.api.status import StatusDocument
+from castore.blobs.disk_cache import DiskCache, open_disk_cache
 from castore.blobs.reader import BlobReader
 from castore.catalog.connection import open_reader
 from castore.catalog.reader import CatalogReader
@@ -120,7 +121,9 @@ class Daemon:
         catalog = CatalogReader(config.store.catalog_path)
         writer = CatalogWriter(config.store.catalog_path)
         self._writer = writer
-        blobs = BlobReader(catalog, backends, on_bad_location=self._record_failure)
+        notices: list[str] = []
+        cache = await _open_cache(config, notices)
+        blobs = BlobReader(catalog, backends, on_bad_location=self._record_failure, cache=cache)
         ingest = None
         if self._lock is not None:
             ingest = Ingest(
@@ -128,7 +131,11 @@ class Daemon:
             )
         self._ingest = ingest
         self._status = StatusDocument(
-            state_dir=config.store.state_dir, mountpoint=self._path, catalog=catalog, ingest=ingest, blobs=blobs
+            state_dir=config.store.state_dir,
+            mountpoint=self._path,
+            catalog_path=config.store.catalog_path,
+            ingest=ingest,
+            blobs=blobs,
         )
         probes = BackendProbes(backends)
         self._health = HealthDocument(
@@ -136,6 +143,7 @@ class Daemon:
             probes=probes,
             queue=lambda: None if ingest is None else queue_state(ingest),
         )
+        self._health.notices += notices
         self._operations = CastoreOperations(
             catalog=catalog,
             packages=PackagesTree(catalog, blobs, ingest),
@@ -289,7 +297,7 @@ class Daemon:
             self._health.notices.append("the HTTP API failed unexpectedly: the log says more")
 
     async def _make_status(self) -> dict[str, Any]:
-        return self._status.make()
+        return await self._status.make()
 
     async def _take_away(self) -> None:
         """Unmount while the daemon serves, so that whoever asked is answered. Raises StateError when it is in use."""
@@ -302,6 +310,16 @@ class Daemon:
                 waits.end()  # those who asked are gone
             finally:
                 self._unmounting.release()
+
+
+async def _open_cache(config: Config, notices: list[str]) -> DiskCache | None:
+    """The disk cache, or None: a mount does without one that is broken."""
+    try:
+        return await trio.to_thread.run_sync(open_disk_cache, config)
+    except StateError as exc:
+        log.warning("%s; this mount has no disk cache", exc)
+        notices.append(f"{exc}; this mount has no disk cache")
+        return None
 
 
 def _take_lock(path: Path, state_dir: Path) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Final
 
 import trio
 
 from castore.config import BackendSettings
+from castore.digest import Digest
 from castore.errors import StorageError
 from castore.storage.open import sweep_backend
 
@@ -17,11 +19,19 @@ SWEEP_SECONDS: Final = 3600.0
 log = logging.getLogger(__name__)
 
 
-async def sweep_always(settings: BackendSettings, *, every_s: float = SWEEP_SECONDS) -> None:
-    """Sweep the backend now, and again `every_s` seconds after each sweep, until cancelled. Failures are logged."""
+async def sweep_always(
+    settings: BackendSettings,
+    *,
+    every_s: float = SWEEP_SECONDS,
+    is_wanted: Callable[[Digest], bool] | None = None,
+) -> None:
+    """Sweep the backend now, and again `every_s` seconds after each sweep, until cancelled. Failures are logged.
+
+    What was left of a digest that is wanted stays where the next put may go on from it, however old it is.
+    """
     while True:
         try:
-            count = await sweep_backend(settings)
+            count = await sweep_backend(settings, is_wanted=is_wanted)
         except StorageError as exc:
             log.warning("backend %s is not swept: %s", settings.backend_id, exc)
         except Exception:

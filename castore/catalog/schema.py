@@ -11,7 +11,7 @@ from typing import Final
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """`PRAGMA user_version` of a catalog that has every migration below."""
 
 catalog_migrations = Migrations("castore.catalog")
@@ -61,7 +61,8 @@ _TABLES_1: Final = (
         PRIMARY KEY (blob_id, backend_id)
     ) WITHOUT ROWID""",
     "CREATE INDEX locations_by_status ON storage_locations (status, backend_id)",
-    # Puts that were begun. A row without its location after a crash means: the object may be there, whole.
+    # Puts that were begun. A row without its location means: the object may be there, whole, and what an unfinished put
+    # left of it may be, too. So a row goes with the commit of the location, or when nothing unfinished is left.
     """CREATE TABLE put_intents (
         algorithm TEXT NOT NULL,
         digest BLOB NOT NULL,
@@ -143,6 +144,25 @@ _TABLES_2: Final = (
 @catalog_migrations(name="0002_proof_of_locations")
 def _second(db: Database) -> None:
     for statement in _TABLES_2:
+        db.execute(statement)
+
+
+_TABLES_3: Final = (
+    # What the last probe of a backend found.
+    """CREATE TABLE backend_probes (
+        backend_id TEXT PRIMARY KEY,          -- the id in the configuration
+        probed_at_ns INTEGER NOT NULL,        -- when the probe ended
+        server TEXT NOT NULL,                 -- what the backend says it is; '' for nothing
+        findings TEXT NOT NULL                -- JSON array of objects: name, question, expected, answer, enforced,
+                                              --   consequence, severity; in the order in which they were asked
+    ) WITHOUT ROWID""",
+    "CREATE UNIQUE INDEX packages_by_root ON packages (root_id)",
+)
+
+
+@catalog_migrations(name="0003_backend_probes")
+def _third(db: Database) -> None:
+    for statement in _TABLES_3:
         db.execute(statement)
 
 
