@@ -49,7 +49,10 @@ CONFIG_VARIABLE: Final = "CASTORE_CONFIG"
 
 LISTEN_RULE: Final = '"HOST:PORT" or "[IPV6]:PORT", the port from 0 to 65535'
 
+_KIB: Final = 2**10
 _GIB: Final = 2**30
+_TINY_MAX: Final = 64 * _KIB
+"""A small blob is copied on the loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,11 @@ class StoreSettings:
         return self.state_dir / "catalog.db"
 
     @property
+    def tiny_path(self) -> Path:
+        """The database of small blobs: a cache, not worth a backup."""
+        return self.state_dir / "tiny.db"
+
+    @property
     def run_dir(self) -> Path:
         """What belongs to a running daemon: its lock and its control socket."""
         return self.state_dir / "run"
@@ -76,10 +84,17 @@ class StoreSettings:
 
 @dataclass(frozen=True, slots=True)
 class CacheSettings:
-    """The disk cache of blocks; `max_bytes` 0 keeps none."""
+    """The disk cache of blocks; `max_bytes` 0 keeps none.
+
+    `same_disk` says whether it also keeps blocks of `local` backends whose folder is on its own file system. Blobs of
+    at most `tiny_bytes` are kept in a database in the state directory instead, up to `tiny_max_bytes` of it.
+    """
 
     dir: Path
     max_bytes: int
+    same_disk: bool = False
+    tiny_bytes: int = 8 * _KIB
+    tiny_max_bytes: int = _GIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +152,8 @@ class Config:
         """Resolve every reference to a secret and forget the result. Raises ConfigError for the first that fails."""
         for settings in self.backends.values():
             if isinstance(settings, S3Settings):
-                settings.access_key_ref.resolve(environ)
-                settings.secret_key_ref.resolve(environ)
+                for reference in settings.references:
+                    reference.resolve(environ)
 
 
 def user_config_path() -> Path:
@@ -205,11 +220,17 @@ def parse_config(values: Mapping[str, Any], *, source: Path | None) -> Config:
     file = source if source is not None else Path("built-in defaults")
     top = Table(values, name="", file=file, known=("store", "cache", "ingest", "backends", "routing", "http"))
     store = top.table("store", ("state_dir",))
-    cache = top.table("cache", ("dir", "max_bytes"))
+    cache = top.table("cache", ("dir", "max_bytes", "same_disk", "tiny_bytes", "tiny_max_bytes"))
     backends = parse_backends(top)
     config = Config(
         store=StoreSettings(store.path("state_dir", default_state_dir())),
-        cache=CacheSettings(cache.path("dir", default_cache_dir()), cache.size("max_bytes", 20 * _GIB)),
+        cache=CacheSettings(
+            cache.path("dir", default_cache_dir()),
+            cache.size("max_bytes", 20 * _GIB),
+            cache.boolean("same_disk", False),
+            cache.size("tiny_bytes", 8 * _KIB, maximum=_TINY_MAX),
+            cache.size("tiny_max_bytes", _GIB),
+        ),
         ingest=_ingest(top),
         backends=MappingProxyType(backends),
         routing=_routing(top, tuple(backends)),

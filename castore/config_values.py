@@ -214,16 +214,25 @@ class Table:
             raise self.refuse(key, SIZE_RULE + bounds)
         return size
 
-    def duration(self, key: str, default: str, *, maximum: str) -> float:
-        """Seconds from 0 to `maximum`, itself written as a duration."""
+    def duration(self, key: str, default: str, *, minimum: str = "0s", maximum: str) -> float:
+        """Seconds from `minimum` to `maximum`, themselves written as durations."""
         value = self._values.get(key, default)
         try:
             seconds = parse_duration(value) if isinstance(value, str) else None
         except ValueError:
             seconds = None
-        if seconds is None or seconds > parse_duration(maximum):
-            raise self.refuse(key, f'{DURATION_RULE}, at most "{maximum}"')
+        least = parse_duration(minimum)
+        if seconds is None or not least <= seconds <= parse_duration(maximum):
+            at_least = f', at least "{minimum}"' if least else ""
+            raise self.refuse(key, f'{DURATION_RULE}{at_least}, at most "{maximum}"')
         return seconds
+
+    def count(self, key: str, default: int, *, minimum: int, maximum: int) -> int:
+        """A whole number from `minimum` to `maximum`."""
+        value = self._values.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            raise self.refuse(key, f"an integer from {minimum} to {maximum}")
+        return value
 
     def path(self, key: str, default: Path | None) -> Path:
         """An absolute path; a relative one starts at the folder of the file, `~` is the home directory."""

@@ -27,6 +27,7 @@
     │   ├── SumsMismatch            SHA256SUMS or manifest-sha256.txt disagrees with the files
     │   └── FormatError             a manifest that does not follow docs/FORMAT.md
     ├── BlockUnreadable             no location gives good bytes for a block
+    │   └── NotConfigured           all locations are in backends that the configuration lacks
     ├── DeadlineExceeded      (t)   an operation took longer than it may
     └── StorageError                all that leaves a storage backend
         ├── ObjectMissing           no object under that digest
@@ -186,6 +187,10 @@ class BlockUnreadable(CastoreError):
     """No location gives good bytes for a block."""
 
 
+class NotConfigured(BlockUnreadable):
+    """All locations of the blob are in backends that the configuration lacks: said once, at the start of a mount."""
+
+
 class DeadlineExceeded(CastoreError):
     """An operation took longer than it may."""
 
@@ -194,6 +199,9 @@ class DeadlineExceeded(CastoreError):
 
 class StorageError(CastoreError):
     """Base of all that leaves a storage backend."""
+
+    retry_after_s: float | None = None
+    """Seconds that the backend asked to be left alone for, when it said so; never negative."""
 
 
 class ObjectMissing(StorageError):

@@ -12,6 +12,8 @@ from typing import Any, Final
 PACKAGE_PUBLISHED: Final = "v1.package.published"
 LOCATION_VERIFIED: Final = "v1.storage.location_verified"
 """A location was judged, good or bad: by verify, which re-reads it, or by a read that met wrong bytes."""
+LOCATION_ADDED: Final = "v1.storage.location_added"
+"""A blob of a published package was copied to a further backend."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

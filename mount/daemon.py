@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from castore.api.probes import BackendProbes
 from castore.api.status import StatusDocument
 from castore.blobs.disk_cache import DiskCache, open_disk_cache
 from castore.blobs.reader import BlobReader
+from castore.catalog.condition import ConditionReader
 from castore.catalog.connection import open_reader
 from castore.catalog.reader import CatalogReader
 from castore.catalog.records import FailureReason
@@ -119,6 +121,7 @@ class Daemon:
         config = self._config
         backends = {backend_id: open_backend(settings) for backend_id, settings in config.backends.items()}
         catalog = CatalogReader(config.store.catalog_path)
+        _say_what_is_not_configured(config)
         writer = CatalogWriter(config.store.catalog_path)
         self._writer = writer
         notices: list[str] = []
@@ -177,6 +180,8 @@ class Daemon:
                     await backend.aclose()
             if ingest is not None:
                 ingest.close()
+            if cache is not None:
+                cache.close()
             writer.close()
             catalog.close()
 
@@ -185,7 +190,7 @@ class Daemon:
         nursery.start_soon(self._serve_http)
         nursery.start_soon(ingest.run)
         for settings in self._config.backends.values():
-            nursery.start_soon(sweep_always, settings)
+            nursery.start_soon(partial(sweep_always, settings, is_wanted=ingest.leftovers.is_wanted))
         commands = Commands(
             self._config.ingest,
             ingest=ingest,
@@ -320,6 +325,18 @@ async def _open_cache(config: Config, notices: list[str]) -> DiskCache | None:
         log.warning("%s; this mount has no disk cache", exc)
         notices.append(f"{exc}; this mount has no disk cache")
         return None
+
+
+def _say_what_is_not_configured(config: Config) -> None:
+    """Once, at the start: every read of such a location would have to say it."""
+    with ConditionReader(config.store.catalog_path) as reader:
+        for backend_id in sorted(reader.backend_ids() - config.backends.keys()):
+            log.error(
+                "the catalog has locations in backend %s, which is not configured: what is stored there alone cannot "
+                "be read; configure it, or have it forgotten by `castore storage retire --backend %s`",
+                backend_id,
+                backend_id,
+            )
 
 
 def _take_lock(path: Path, state_dir: Path) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 import pyfuse3
 import trio
 
-from castore.errors import DeadlineExceeded
+from castore.errors import DeadlineExceeded, NotConfigured
 from mount.errnos import errno_of, is_expected
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,6 @@ def fuse_error(what: str, exc: Exception) -> pyfuse3.FUSEError:
     number = errno_of(exc)
     if not is_expected(exc):
         log.error("%s: unforeseen %s", what, type(exc).__name__, exc_info=exc)
-    elif number == errno_of(Exception()):
+    elif number == errno_of(Exception()) and not isinstance(exc, NotConfigured):
         log.warning("%s: %s", what, exc)
     return pyfuse3.FUSEError(number)

@@ -12,6 +12,7 @@ import pyfuse3
 from castore.catalog.records import Kind
 from castore.catalog.workspace import Node
 from castore.errors import DeadlineExceeded, IsADirectory, NoAttribute, from_text
+from castore.failpoint import failpoint
 from castore.ingest.service import Ingest
 from castore.ingest.tree import INGEST_ROOT, PRODUCER, RETENTION_CLASS
 from mount.attributes import CHANGING_SECONDS, INGEST_SECONDS, absent, make, of_node
@@ -124,6 +125,7 @@ class IngestFiles:
         except OSError:
             self.tree.unlink(parent, name)  # no descriptor, no room: then no name either
             raise
+        failpoint("file.created")
         return StagedHandle(file, writable=True), node
 
     async def set_size(self, inode: int, size_bytes: int, handle: StagedHandle | None) -> None:

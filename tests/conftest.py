@@ -1,15 +1,20 @@
-"""What holds for every test: the events that it leaves behind are as docs/events/ says. And where objects may lie."""
+"""What holds for every test: the events that it leaves behind are as docs/events/ says. And where objects may lie.
+
+After the tests a line names the S3 servers that they ran on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Final
 
 import pytest
 
 from tests.event_schemas import catalogs_below, check_catalog
-from tests.places import BUCKET, LocalPlace, Place, S3Place
+from tests.places import LocalPlace, Place, S3Place
+from tests.servers.every import EveryServer
 from tests.servers.seaweedfs import SeaweedFS
 
 
@@ -22,19 +27,32 @@ def _events_follow_their_schemas(request: pytest.FixtureRequest) -> Iterator[Non
         check_catalog(path)
 
 
+_SERVERS: Final = pytest.StashKey[EveryServer]()
+
+
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
-    """A real S3 server for all tests whose objects lie there."""
-    with SeaweedFS(tmp_path_factory.mktemp("places")) as server:
-        client = server.client()
-        client.create_bucket(Bucket=BUCKET)
-        client.close()
-        yield server
+def every_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EveryServer]:
+    """All real S3 servers by name, each started when a test first needs it."""
+    with EveryServer(tmp_path_factory.mktemp) as servers:
+        request.config.stash[_SERVERS] = servers
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def s3_server(every_server: EveryServer) -> SeaweedFS:
+    """The server for the tests that need one, and not one of each kind."""
+    return every_server.seaweedfs
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    servers = config.stash.get(_SERVERS, None)
+    if servers is not None and servers.summary():
+        terminalreporter.write_line(servers.summary())
 
 
 @pytest.fixture
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    """Where the objects of a test lie: `local`, unless it is run on several of PLACES.
+    """Where the objects of a test lie: `local`, unless it is run on several of PLACES or of EVERY_PLACE.
 
     The same test, told apart by the configuration alone: `@pytest.mark.parametrize("place", PLACES, indirect=True)`.
     """
@@ -42,4 +60,5 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
         yield LocalPlace(tmp_path)
         return
     with ExitStack() as relays:
-        yield S3Place(tmp_path, request.getfixturevalue("s3_server"), relays)
+        servers: EveryServer = request.getfixturevalue("every_server")
+        yield S3Place(tmp_path, servers["seaweedfs" if request.param == "s3" else request.param], relays)

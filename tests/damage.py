@@ -84,12 +84,15 @@ def _path(settings: LocalSettings, digest: Digest) -> Path:
 
 def _ask(settings: S3Settings, operation: str, digest: Digest, **params: Any) -> bytes:
     """Do one operation on the object; the body of the answer, empty when it has none."""
+    assert settings.access_key_ref is not None
+    assert settings.secret_key_ref is not None
     client = Session().client(
         "s3",
         endpoint_url=settings.endpoint_url,
         region_name=settings.region,
         aws_access_key_id=settings.access_key_ref.resolve(),
         aws_secret_access_key=settings.secret_key_ref.resolve(),
+        verify=str(settings.ca_bundle) if settings.ca_bundle else None,
         config=Config(s3={"addressing_style": "path"}, proxies={}, request_checksum_calculation="when_required"),
     )
     try:

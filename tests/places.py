@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Final, Protocol
 from urllib.parse import urlsplit
 
+from tests.servers.every import S3_SERVERS
 from tests.servers.relay import Relay
-from tests.servers.seaweedfs import SeaweedFS
-
-BUCKET: Final = "castore-places"
+from tests.servers.s3_server import S3Server
 
 
 class Place(Protocol):
@@ -53,11 +52,14 @@ class LocalPlace:
 
 
 class S3Place:
-    """A bucket of a real server, each backend below a prefix of its own and behind a relay of its own."""
+    """A bucket of a real server, each backend below a prefix of its own and behind a relay of its own.
+
+    Without `relays` there is none, nor before a server that somebody else runs: the certificate is for its own name.
+    """
 
     backend_type = "s3"
 
-    def __init__(self, root: Path, server: SeaweedFS, relays: ExitStack) -> None:
+    def __init__(self, root: Path, server: S3Server, relays: ExitStack | None) -> None:
         self._root = root
         self._server = server
         self._relays = relays
@@ -67,15 +69,13 @@ class S3Place:
         (root / "secret-key").write_text(server.secret_key)
 
     def section(self, backend_id: str) -> str:
-        relay = self._by_id.get(backend_id)
-        if relay is None:
-            port = urlsplit(self._server.endpoint_url).port
-            assert port is not None
-            relay = self._by_id[backend_id] = self._relays.enter_context(Relay(port))
+        server = self._server
+        prefix = f"{server.key_prefix}{self._prefix}/{backend_id}"
         return (
-            f'[backends.{backend_id}]\ntype = "s3"\nendpoint_url = "http://127.0.0.1:{relay.port}"\n'
-            f'region = "us-east-1"\nbucket = "{BUCKET}"\nkey_prefix = "{self._prefix}/{backend_id}"\n'
+            f'[backends.{backend_id}]\ntype = "s3"\nendpoint_url = "{self._endpoint_url(backend_id)}"\n'
+            f'region = "{server.region}"\nbucket = "{server.bucket}"\nkey_prefix = "{prefix}"\n'
             f'access_key_ref = "file:{self._root}/access-key"\nsecret_key_ref = "file:{self._root}/secret-key"\n'
+            + (f'ca_bundle = "{server.ca_bundle}"\n' if server.ca_bundle else "")
         )
 
     @contextmanager
@@ -84,6 +84,17 @@ class S3Place:
         yield
         self._by_id[backend_id].restore()
 
+    def _endpoint_url(self, backend_id: str) -> str:
+        there = urlsplit(self._server.endpoint_url)
+        if self._relays is None or not self._server.is_local:
+            return self._server.endpoint_url
+        if backend_id not in self._by_id:
+            assert there.port is not None
+            self._by_id[backend_id] = self._relays.enter_context(Relay(there.port))
+        return f"{there.scheme}://127.0.0.1:{self._by_id[backend_id].port}"
+
 
 PLACES: Final = ("local", "s3")
-"""Names for the parameter of the fixture `place`."""
+"""Names for the parameter of the fixture `place`: a backend of each type."""
+EVERY_PLACE: Final = (*PLACES, *(name for name in S3_SERVERS if name != "seaweedfs"))
+"""The same, with every S3 server: for the few tests that go the whole way."""

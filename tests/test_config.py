@@ -72,16 +72,23 @@ type = "local"
 path = "sub/objects"
 [backends.rgw]
 type = "s3"
-endpoint_url = "http://[::1]:7480"
+endpoint_url = "https://rgw.example:7480"
+addressing_style = "virtual"
 region = "default"
 bucket = "artifacts"
 key_prefix = "a/b"
 access_key_ref = "env:RGW_ACCESS_KEY"
 secret_key_ref = "file:secrets/rgw"
+session_token_ref = "env:RGW_TOKEN"
 storage_class = "COLD"
 sse = "aws:kms"
+sse_kms_key_id = "arn:aws:kms:eu-west-1:1:key/a-b"
 multipart_threshold_bytes = 33554432
 multipart_chunk_bytes = "8MiB"
+ca_bundle = "authorities.pem"
+connect_timeout = "1500ms"
+read_timeout = "1min"
+max_connections = 7
 [routing]
 default = "local"
 [[routing.rules]]
@@ -108,16 +115,23 @@ listen = "[::]:0"
     assert config.backends["local"] == LocalSettings("local", tmp_path / "sub/objects")
     assert config.backends["rgw"] == S3Settings(
         backend_id="rgw",
-        endpoint_url="http://[::1]:7480",
+        endpoint_url="https://rgw.example:7480",
+        addressing_style="virtual",
         region="default",
         bucket="artifacts",
         key_prefix="a/b",
         access_key_ref=SecretRef("env:RGW_ACCESS_KEY", "backends.rgw.access_key_ref"),
         secret_key_ref=SecretRef("file:secrets/rgw", "backends.rgw.secret_key_ref", tmp_path / "secrets/rgw"),
+        session_token_ref=SecretRef("env:RGW_TOKEN", "backends.rgw.session_token_ref"),
         storage_class="COLD",
         sse="aws:kms",
+        sse_kms_key_id="arn:aws:kms:eu-west-1:1:key/a-b",
         multipart_threshold_bytes=2**25,
         multipart_chunk_bytes=2**23,
+        ca_bundle=tmp_path / "authorities.pem",
+        connect_timeout_seconds=1.5,
+        read_timeout_seconds=60.0,
+        max_connections=7,
     )
     assert [settings.backend_type for settings in config.backends.values()] == ["local", "s3"]
     assert config.routing.default == "local"
@@ -152,8 +166,31 @@ def test_defaults_of_an_s3_backend(tmp_path: Path) -> None:
     assert isinstance(settings, S3Settings)
     assert settings.endpoint_url == "https://rgw.example.internal:8080"
     assert (settings.region, settings.key_prefix, settings.storage_class) == ("us-east-1", "castore", "STANDARD")
-    assert settings.sse is None
+    assert (settings.sse, settings.sse_kms_key_id, settings.session_token_ref, settings.ca_bundle) == (None,) * 4
+    assert settings.addressing_style == "path"
+    assert (settings.connect_timeout_seconds, settings.read_timeout_seconds, settings.max_connections) == (
+        5.0,
+        30.0,
+        64,
+    )
     assert (settings.multipart_threshold_bytes, settings.multipart_chunk_bytes) == (2**24, 2**24)
+
+
+def test_an_s3_backend_without_references_leaves_its_keys_to_the_standard_chain(tmp_path: Path) -> None:
+    text = "\n".join(line for line in S3.splitlines() if "_ref" not in line)
+    config = load(tmp_path, text)
+    settings = config.backends["rgw"]
+    assert isinstance(settings, S3Settings)
+    assert (settings.access_key_ref, settings.secret_key_ref, settings.references) == (None, None, ())
+    config.check_references({})
+
+
+@pytest.mark.parametrize("host", ["[::1]", "10.1.2.3", "rgw.example.internal", "rgw"])
+def test_endpoints(tmp_path: Path, host: str) -> None:
+    for place in (f"http://{host}", f"https://{host}:7480"):
+        settings = load(tmp_path, S3.replace("https://rgw.example.internal:8080/", place)).backends["rgw"]
+        assert isinstance(settings, S3Settings)
+        assert settings.endpoint_url == place
 
 
 def test_values_are_frozen(tmp_path: Path) -> None:
@@ -207,6 +244,62 @@ BAD = {
     "key prefix": (S3 + 'key_prefix = "/a"\n', "backends.rgw.key_prefix", "'/a'", "without a slash"),
     "long key prefix": (S3 + f'key_prefix = "{"a" * 513}"\n', "backends.rgw.key_prefix", "aaa...", "up to 512"),
     "sse": (S3 + 'sse = "aes256"\n', "backends.rgw.sse", "'aes256'", '"AES256", "aws:kms"'),
+    "key without its id": (
+        S3.replace("access_key_ref", "# "),
+        "backends.rgw.access_key_ref",
+        "is missing",
+        "a reference, as secret_key_ref is one",
+    ),
+    "id without its key": (S3.replace("secret_key_ref", "# "), "backends.rgw.secret_key_ref", "is missing", "AWS"),
+    "token alone": (
+        S3.replace("access_key_ref", "session_token_ref").replace("secret_key_ref", "# "),
+        "backends.rgw.access_key_ref",
+        "is missing",
+        "as session_token_ref is one",
+    ),
+    "addressing": (S3 + 'addressing_style = "auto"\n', "backends.rgw.addressing_style", "'auto'", '"path", "virtual"'),
+    "address as a host": (
+        S3.replace("rgw.example.internal", "10.1.2.3") + 'addressing_style = "virtual"\n',
+        "backends.rgw.addressing_style",
+        "'virtual'",
+        '"path": endpoint_url = "https://10.1.2.3:8080" has an address',
+    ),
+    "v6 address as a host": (
+        S3.replace("rgw.example.internal", "[::1]") + 'addressing_style = "virtual"\n',
+        "backends.rgw.addressing_style",
+        "'virtual'",
+        "has an address, not a name",
+    ),
+    "bucket that is no host": (
+        S3.replace('"artifacts"', '"The.artifacts"') + 'addressing_style = "virtual"\n',
+        "backends.rgw.addressing_style",
+        "'virtual'",
+        'cannot begin with bucket = "The.artifacts"',
+    ),
+    "kms key without kms": (
+        S3 + 'sse = "AES256"\nsse_kms_key_id = "a"\n',
+        "backends.rgw.sse_kms_key_id",
+        "'a'",
+        'sse = "aws:kms" beside it',
+    ),
+    "kms key": (
+        S3 + 'sse = "aws:kms"\nsse_kms_key_id = "a b"\n',
+        "backends.rgw.sse_kms_key_id",
+        "'a b'",
+        "up to 2048 letters",
+    ),
+    "authorities over http": (
+        S3.replace("https://", "http://") + 'ca_bundle = "a.pem"\n',
+        "backends.rgw.ca_bundle",
+        "'a.pem'",
+        "https in endpoint_url",
+    ),
+    "no time to connect": (S3 + 'connect_timeout = "0s"\n', "backends.rgw.connect_timeout", "'0s'", 'least "100ms"'),
+    "long time to connect": (S3 + 'connect_timeout = "31s"\n', "backends.rgw.connect_timeout", "'31s'", 'most "30s"'),
+    "bare number of seconds": (S3 + "read_timeout = 5\n", "backends.rgw.read_timeout", "= 5", "a duration such as"),
+    "long silence": (S3 + 'read_timeout = "1h"\n', "backends.rgw.read_timeout", "'1h'", 'at most "10min"'),
+    "no connections": (S3 + "max_connections = 0\n", "backends.rgw.max_connections", "= 0", "an integer from 1 to 512"),
+    "connections as text": (S3 + 'max_connections = "7"\n', "backends.rgw.max_connections", "'7'", "an integer"),
     "small parts": (S3 + 'multipart_chunk_bytes = "1MiB"\n', "backends.rgw.multipart_chunk_bytes", "'1MiB'", "5242880"),
     "two backends, no default": (LOCAL + S3, "routing.default", "is missing", "one of local, rgw"),
     "unknown default": (
@@ -338,6 +431,8 @@ def test_references_resolve_at_use(tmp_path: Path) -> None:
     config = load(tmp_path, S3)
     settings = config.backends["rgw"]
     assert isinstance(settings, S3Settings)
+    assert settings.access_key_ref is not None
+    assert settings.secret_key_ref is not None
     (tmp_path / "secrets").mkdir()
     for line_break in ("", "\n", "\r\n"):
         (tmp_path / "secrets/rgw").write_bytes(f"{SECRET}{line_break}".encode())

@@ -6,7 +6,8 @@ Its form is that of `application/health+json` (draft-inadarei-api-health-check-0
   reached is the only one that some package was published to; the catalog has locations in a backend that is not
   configured; the catalog cannot be read.
 - warn: other failed locations, other backends that cannot be reached; a location that was neither verified nor stored
-  for VERIFY_WITHIN_DAYS; staging nearly full; puts that failed; whatever the backends warn of.
+  for VERIFY_WITHIN_DAYS; staging nearly full; puts that failed; whatever the backends warn of; something castore
+  relies on that a backend's last probe did not find.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import trio
 from castore import __version__
 from castore.api.probes import BackendProbes, Probe
 from castore.catalog.condition import ConditionReader, FailedLocations
+from castore.catalog.records import StoredProbe
 from castore.errors import StateError
+from castore.registry.probing import consequences
 
 if TYPE_CHECKING:
     from castore.ingest.service import Ingest
@@ -71,6 +74,7 @@ class _Facts:
     unknown_backends: list[str]
     sole_backends: frozenset[str]
     sole_packages: tuple[str, ...]
+    probed: tuple[StoredProbe, ...]
 
 
 class HealthDocument:
@@ -112,6 +116,8 @@ class HealthDocument:
         ]
         if facts is not None:
             checks["backend:responseTime"] += [_unknown_backend_check(name) for name in facts.unknown_backends]
+            if facts.probed:
+                checks["backend:probe"] = [_probe_check(probe) for probe in facts.probed]
             checks["backend:verificationAge"] = [_age_check(*item) for item in facts.oldest_ns.items()]
             checks["locations:failed"] = [_failed_check(facts.failed)]
             checks["blobs:unreadable"] = [_unreadable_check(facts.failed)]
@@ -147,6 +153,7 @@ def _look(path: Path, configured: frozenset[str], reachable: frozenset[str]) -> 
             unknown_backends=sorted(known - configured),
             sole_backends=frozenset().union(*alone.values()),
             sole_packages=tuple(sorted(alone)),
+            probed=tuple(probe for backend_id, probe in reader.probes().items() if backend_id in configured),
             duration_ms=round((time.perf_counter() - started) * 1000, 1),
         )
 
@@ -194,6 +201,20 @@ def _age_check(backend_id: str, oldest_ns: int) -> dict[str, Any]:
         componentId=backend_id,
         componentType="datastore",
     )
+
+
+def _probe_check(probe: StoredProbe) -> dict[str, Any]:
+    """What `castore storage probe` found; of a backend that it never asked there is no check."""
+    missing = consequences(probe)
+    check = _check(
+        "warn" if missing else "pass",
+        len(missing),
+        "missing",
+        output=" | ".join(missing),
+        componentId=probe.backend_id,
+        componentType="datastore",
+    )
+    return check | {"time": _iso(probe.probed_at_ns)}
 
 
 def _failed_check(failed: FailedLocations) -> dict[str, Any]:

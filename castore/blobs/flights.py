@@ -11,6 +11,8 @@ from typing import Final
 
 import trio
 
+from castore.blobs.cache_files import Runs
+from castore.blobs.disk_cache import CacheStalledError, DiskCache
 from castore.blobs.fetch import BlockFetcher
 from castore.blobs.memory import KnownBlob, Span, SpanMemory
 from castore.blobs.stats import ReadStats
@@ -28,18 +30,24 @@ _PREFETCH_SHARE: Final = 4
 """And no more than this part of memory. 64 readers in turn touch as much again as is prefetched for them before they
 come to it: with a half, 25 % of it was evicted unread; with a quarter, 5 %."""
 
+_RUNS_MAX: Final = 4
+"""Gaps of the disk cache that are sent for one by one. Where there are more, one get brings them and all in between."""
+
 _log = logging.getLogger(__name__)
 
 
 class Flights:
     """Starts flights, and knows how much may be prefetched."""
 
-    def __init__(self, fetcher: BlockFetcher, memory: SpanMemory, stats: ReadStats) -> None:
+    def __init__(
+        self, fetcher: BlockFetcher, memory: SpanMemory, stats: ReadStats, cache: DiskCache | None = None
+    ) -> None:
         self.memory = memory
         self.stats = stats
         self.streams = 0
         """Handles that are read sequentially at present: they share what may be prefetched."""
         self._fetcher = fetcher
+        self._cache = cache
         self._nursery: trio.Nursery | None = None
         self._prefetch_bytes = min(PREFETCH_BYTES, memory.max_bytes // _PREFETCH_SHARE)
 
@@ -76,7 +84,7 @@ class Flights:
 
     async def _fly(self, blob: Blob, span: Span) -> None:
         try:
-            await self._fetcher.fill(blob, span.first, span.buffer)
+            await self._fill(blob, span)
         except CastoreError as exc:
             # Its frames would hold the buffer for as long as anyone holds the error.
             span.error = exc.with_traceback(None)
@@ -94,3 +102,27 @@ class Flights:
             self.memory.keep(span)
         finally:
             span.done.set()
+
+    async def _fill(self, blob: Blob, span: Span) -> None:
+        """From the disk cache, and what that lacks from a backend, which the cache keeps then."""
+        cache, summary = self._cache, blob.summary
+        if cache is None:
+            await self._fetcher.fill(blob, span.first, span.buffer)
+            return
+        try:
+            missing = await cache.fill(summary, span.first, memoryview(span.buffer))
+        except CacheStalledError:
+            span.renew()
+            missing = [(span.first, span.end)]
+        if not missing:
+            return
+        missing = _few(missing)
+        backend_id = await self._fetcher.fill(blob, span.first, span.buffer, missing=missing)
+        if backend_id not in cache.same_disk:
+            for first, end in missing:
+                start, stop = (index * summary.block_size_bytes - span.offset for index in (first, end))
+                cache.keep(summary, first, span.view[start:stop])
+
+
+def _few(runs: Runs) -> Runs:
+    return runs if len(runs) <= _RUNS_MAX else [(runs[0][0], runs[-1][1])]

@@ -54,6 +54,11 @@ class Span:
         self.unread = (1 << (end - first)) - 1 if prefetched else 0
         """A bit for each block, the first one lowest, that was prefetched and has not been read."""
 
+    def renew(self) -> None:
+        """Another buffer, while nobody has read this one: a thread that hangs may yet write to the old one."""
+        self.buffer = bytearray(len(self.buffer))
+        self.view = memoryview(self.buffer).toreadonly()
+
     def failure(self) -> Exception:
         """The error to raise, another instance for each reader of the flight: raising writes to it."""
         assert self.error is not None

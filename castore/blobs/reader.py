@@ -7,6 +7,7 @@ from weakref import WeakValueDictionary
 
 import trio
 
+from castore.blobs.disk_cache import DiskCache
 from castore.blobs.fetch import BadLocation, BlockFetcher
 from castore.blobs.flights import Flights
 from castore.blobs.idle import forget_when_idle
@@ -25,6 +26,7 @@ class BlobReader:
     `backends` are in configuration order, each with deadlines of its own. `memory_bytes` bounds the blocks that are
     kept for the next read; nothing is allocated before it is needed. `on_bad_location(digest, backend_id, reason)` is
     awaited when a location that counted as good gives missing or wrong bytes, once in `REPORT_INTERVAL_S` for each.
+    `cache` is looked at before a backend is asked, filled with what they gave, and run along.
     """
 
     def __init__(
@@ -34,11 +36,13 @@ class BlobReader:
         *,
         memory_bytes: int = MEMORY_BYTES,
         on_bad_location: BadLocation,
+        cache: DiskCache | None = None,
     ) -> None:
-        self.stats = ReadStats()
+        self.cache = cache
+        self.stats = ReadStats() if cache is None else cache.stats
         self._memory = SpanMemory(memory_bytes, self.stats)
         fetcher = BlockFetcher(catalog, backends, stats=self.stats, on_bad_location=on_bad_location)
-        self._flights = Flights(fetcher, self._memory, self.stats)
+        self._flights = Flights(fetcher, self._memory, self.stats, cache)
         # By what the bytes and their checks are, never by blob_id: that may be given anew after its blob was deleted.
         self._known: WeakValueDictionary[tuple[Digest, int, str], KnownBlob] = WeakValueDictionary()
 
@@ -56,6 +60,8 @@ class BlobReader:
         """Fetch what reads ask for, until cancelled. Before and after it only what is in memory can be read."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(forget_when_idle, self._memory, self.stats)
+            if self.cache is not None:
+                nursery.start_soon(self.cache.run)
             await self._flights.run(task_status=task_status)
 
     def open(self, blob: Blob) -> OpenBlob:

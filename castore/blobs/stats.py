@@ -22,4 +22,14 @@ class ReadStats:
     prefetched_unread: int = 0
     """Of these, blocks that were given up unread: evicted, failed, or left behind by their handle."""
     bad_blocks: int = 0
-    """Blocks whose checksum differed, each time that one came."""
+    """Blocks that a backend gave and whose checksum differed, each time that one came."""
+    disk_hits: int = 0
+    """Blocks that memory lacked and the disk cache had."""
+    disk_misses: int = 0
+    """Blocks that both lacked."""
+    disk_bad: int = 0
+    """Of these, blocks that the disk cache had with wrong bytes."""
+    disk_written_bytes: int = 0
+    """Bytes of blocks written to the disk cache."""
+    disk_dropped: int = 0
+    """Blocks that were not written to it: no room, a disk that is too slow, or one that fails."""

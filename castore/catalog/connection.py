@@ -113,6 +113,22 @@ def open_writer(path: Path, *, synchronous: str = "FULL") -> Database:
         return database
 
 
+def open_side_database(path: Path, create: str) -> Database:
+    """A connection that may write to a database of things that can be had again; made, with its one table, if absent.
+
+    A commit survives a kill; power loss may take the last ones. Raises StateError.
+    """
+    with sqlite_errors(path):
+        fresh = not path.exists()
+        database = _connect(path, mode="rwc")
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")
+        database.execute(create)
+        if fresh:
+            os.chmod(path, 0o600)
+        return database
+
+
 def create_catalog(path: Path) -> None:
     """Make the catalog, or bring an older one up to date. Idempotent; its folder must exist.
 

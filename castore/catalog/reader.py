@@ -17,6 +17,7 @@ from castore.catalog.records import (
     LocationStatus,
     Package,
     PackageName,
+    StoredProbe,
     Use,
 )
 from castore.catalog.uses import paths_of
@@ -201,6 +202,11 @@ class CatalogReader:
             "GROUP BY backend_id, status ORDER BY backend_id, status"
         )
         return [(row[0], LocationStatus(row[1]), row[2], row[3]) for row in rows]
+
+    def probes(self) -> dict[str, StoredProbe]:
+        """What the last probe of each backend found, by backend id; a backend that was never probed has none."""
+        rows = self._rows("SELECT backend_id, probed_at_ns, server, findings FROM backend_probes ORDER BY backend_id")
+        return {row[0]: StoredProbe(row[0], row[1], row[2], tuple(json.loads(row[3]))) for row in rows}
 
     def totals(self) -> tuple[int, int]:
         """(number of packages, bytes of their files)."""

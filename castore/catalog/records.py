@@ -84,6 +84,18 @@ class Location:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredProbe:
+    """What the last probe of a backend found. Each finding has the texts name, question, expected, answer, enforced,
+    consequence and severity.
+    """
+
+    backend_id: str
+    probed_at_ns: int
+    server: str
+    findings: tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Use:
     """One place where a blob is used: the file at `path` of the package `ref`, or its manifest when `path` is empty."""
 

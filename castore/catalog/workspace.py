@@ -223,6 +223,15 @@ class WorkspaceStore:
                 return row[0], row[1]
         return None
 
+    def versions_wanting(self, digest: Digest) -> list[int]:
+        """The versions with files of that digest that are not stored yet; looks at all files that are not."""
+        rows = self._execute(
+            "SELECT DISTINCT version_inode FROM nodes WHERE state IN ('staged', 'uploading', 'failed') "
+            "AND state <> '' AND digest = ? AND algorithm = ?",
+            (digest.raw, digest.algorithm),
+        )
+        return [row[0] for row in rows]
+
     def receiving(self) -> list[Node]:
         """Every file whose digest is not known: what a recovery has to hash."""
         rows = self._execute(f"SELECT {_NODE} FROM nodes WHERE state = 'receiving' AND state <> '' AND nlink > 0")

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
 import trio
 
+from castore.catalog import retiring
 from castore.catalog.connection import open_writer, sqlite_errors
-from castore.catalog.records import GOOD_STATUSES, FailureReason, LocationStatus
+from castore.catalog.records import GOOD_STATUSES, FailureReason, LocationStatus, StoredProbe
 from castore.catalog.uses import packages_of
 from castore.digest import BlobSummary, Digest
 from castore.events import Event, data_json
@@ -55,15 +56,23 @@ class Transaction:
         )
 
     def drop_intents(self, pairs: Iterable[tuple[Digest, str]]) -> None:
-        """Forget intents whose puts ended, well or badly."""
+        """Forget intents of puts of which nothing unfinished is left in the backend."""
         self._connection.executemany(
             "DELETE FROM put_intents WHERE digest = ? AND algorithm = ? AND backend_id = ?",
             [(digest.raw, digest.algorithm, backend_id) for digest, backend_id in pairs],
         )
 
-    def drop_intents_of_others(self, owner: str) -> int:
-        """Forget the intents of processes that are gone; the caller holds the store's lock. Returns how many."""
-        return int(self._execute("DELETE FROM put_intents WHERE owner <> ?", (owner,)).rowcount)
+    def intents_of_others(self, owner: str) -> list[tuple[Digest, str]]:
+        """The puts that other processes began and did not end: (digest, backend id) of each."""
+        rows = self._execute("SELECT algorithm, digest, backend_id FROM put_intents WHERE owner <> ?", (owner,))
+        return [(Digest(row[0], row[1]), row[2]) for row in rows]
+
+    def drop_intents_of_others(self, pairs: Iterable[tuple[Digest, str]], owner: str) -> None:
+        """As `drop_intents`, unless this process began such a put itself meanwhile."""
+        self._connection.executemany(
+            "DELETE FROM put_intents WHERE digest = ? AND algorithm = ? AND backend_id = ? AND owner <> ?",
+            [(digest.raw, digest.algorithm, backend_id, owner) for digest, backend_id in pairs],
+        )
 
     # blobs and locations
 
@@ -123,6 +132,20 @@ class Transaction:
             )
             self.drop_intents([(summary.digest, backend_id)])
 
+    def add_copy(self, digest: Digest, backend_id: str) -> bool:
+        """A blob was put in a further backend: the location becomes `stored` and its intent goes.
+
+        False, and no location is made, when it is good there already, is being deleted, or the blob is gone.
+        """
+        cursor = self._execute(
+            "INSERT INTO storage_locations SELECT blob_id, ?, 'stored', '', ?, 0 FROM blobs "
+            "WHERE digest = ? AND algorithm = ? ON CONFLICT DO UPDATE "
+            "SET status = 'stored', reason = '', stored_at_ns = excluded.stored_at_ns WHERE status = 'failed'",
+            (backend_id, time.time_ns(), digest.raw, digest.algorithm),
+        )
+        self.drop_intents([(digest, backend_id)])
+        return bool(cursor.rowcount)
+
     def fail_location(self, digest: Digest, backend_id: str, reason: FailureReason) -> bool:
         """The bytes there are missing or wrong. False when the location is unknown or failed already."""
         cursor = self._execute(
@@ -156,6 +179,29 @@ class Transaction:
     def packages_of(self, digest: Digest, limit: int) -> tuple[str, ...]:
         """Up to `limit` packages, as NAME/VERSION, that have the blob as a file or as their manifest."""
         return packages_of(self._execute, self.blob_id(digest), limit)
+
+    # forgetting a backend
+
+    def forget_locations(self, backend_id: str, kept: Collection[str], after: int) -> tuple[int, int]:
+        """Take away what is dispensable: see `castore.catalog.retiring`."""
+        return retiring.forget_locations(self._execute, backend_id, kept, after)
+
+    def forget_in_packages(self, backend_id: str, kept: Collection[str], after: int) -> int:
+        """Packages do not count as stored there any more: see `castore.catalog.retiring`."""
+        return retiring.forget_in_packages(self._execute, backend_id, kept, after)
+
+    def forget_rest(self, backend_id: str) -> None:
+        """Its intents and its last probe."""
+        retiring.forget_rest(self._execute, backend_id)
+
+    # probes
+
+    def set_probe(self, probe: StoredProbe) -> None:
+        """What a probe found takes the place of what an earlier one of that backend did."""
+        self._execute(
+            "INSERT OR REPLACE INTO backend_probes VALUES (?, ?, ?, ?)",
+            (probe.backend_id, probe.probed_at_ns, probe.server, json.dumps(probe.findings)),
+        )
 
     # packages
 
@@ -219,6 +265,18 @@ class Transaction:
                 json.dumps(list(backend_ids)),
             ),
         )
+
+    def add_package_backend(self, package_id: int, backend_id: str) -> bool:
+        """A package is whole in a further backend. False when it is gone, counts as stored there, or its manifest is
+        not stored there (any more)."""
+        cursor = self._execute(
+            "UPDATE packages SET backend_ids = json_insert(backend_ids, '$[#]', :backend) WHERE package_id = :package "
+            "AND NOT EXISTS (SELECT 1 FROM json_each(backend_ids) WHERE value = :backend) "
+            "AND EXISTS (SELECT 1 FROM storage_locations WHERE blob_id = manifest_blob_id AND backend_id = :backend "
+            "  AND status IN ('stored', 'verified'))",
+            {"package": package_id, "backend": backend_id},
+        )
+        return bool(cursor.rowcount)
 
     def unstored_file(self, version_inode: int, backend_id: str) -> int:
         """The inode of some file of the attached workspace's version that has no good location there, or 0."""

@@ -85,6 +85,8 @@ def _words(event: Event) -> str:
     if "status" in data:
         reason = f" ({data['reason']})" if data.get("reason") else ""
         return printable(f"{data['status']}{reason} in {data.get('backend_id')}")
+    if "source_backend_id" in data:
+        return printable(f"copied from {data['source_backend_id']} to {data.get('backend_id')}")
     if "file_count" in data:
         return printable(f"{data['file_count']} files in {', '.join(data.get('backend_ids', []))}")
     return ""

@@ -32,7 +32,10 @@ state_dir = {state_dir}
 
 [cache]
 dir = {cache_dir}
-# max_bytes = "20GiB"
+# max_bytes = "20GiB"             # what the blocks of blobs kept there may take; 0: none are kept
+# same_disk = false               # whether to keep blocks of local backends on the same file system, too
+# tiny_bytes = "8KiB"             # blobs up to this size are kept in state_dir/tiny.db instead; 0: they are not
+# tiny_max_bytes = "1GiB"         # what that may take
 
 [ingest]
 # default_retention_class = "standard"
@@ -49,15 +52,23 @@ path = {objects_dir}
 # [backends.remote]
 # type = "s3"
 # endpoint_url = "https://s3.example.internal"
+# addressing_style = "path"                           # or "virtual": the bucket begins the host's name
 # region = "us-east-1"
 # bucket = "artifacts"
 # key_prefix = "castore"
 # access_key_ref = "env:CASTORE_ACCESS_KEY"            # env:NAME or file:PATH, never the key itself
-# secret_key_ref = "file:/run/secrets/castore_secret_key"
+# secret_key_ref = "file:/run/secrets/castore_secret_key"  # without both: the credential chain of the AWS tools
+# session_token_ref = "file:/run/secrets/castore_token"    # for keys that come with one
 # storage_class = "STANDARD"
-# sse = "AES256"                                      # or "aws:kms"; by default none
+# sse = "aws:kms"                                     # or "AES256"; by default none
+# sse_kms_key_id = "alias/castore"                    # with "aws:kms" alone; by default the server's own
 # multipart_threshold_bytes = "16MiB"
 # multipart_chunk_bytes = "16MiB"
+# ca_bundle = "/etc/castore/authorities.pem"          # to trust instead of the host's
+# connect_timeout = "5s"
+# read_timeout = "30s"                                # silence that ends a request
+# max_connections = 64
+# transfer = "native"                                 # or "aioboto3": everything by the client library
 
 [routing]
 default = "local"

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from castore.cli.output import format_bytes, print_columns, print_json, printable
+from castore.cli.output import format_bytes, format_time_ns, print_columns, print_json, printable
 from castore.cli.session import Session, common_options, json_option
+from castore.cli.storage_probe import probe
+from castore.cli.storage_replicate import replicate
+from castore.cli.storage_retire import retire
 from castore.cli.storage_verify import verify
 from castore.errors import ConfigError
 
@@ -27,6 +30,9 @@ def command() -> None:
 
 
 command.add_command(verify)
+command.add_command(probe)
+command.add_command(replicate)
+command.add_command(retire)
 
 
 @command.command("backends")
@@ -34,7 +40,7 @@ command.add_command(verify)
 @common_options
 @click.pass_obj
 def backends(session: Session, as_json: bool) -> int:
-    """List the backends: type, health, and what the catalog says is stored there.
+    """List the backends: type, health, what the catalog says is stored there, and when each was last probed.
 
     Exits with 1 when one of them fails its probe.
     """
@@ -45,6 +51,7 @@ def backends(session: Session, as_json: bool) -> int:
     config = session.config()
     with CatalogReader.open(config.store.catalog_path) as reader:
         counts = reader.location_counts()
+        probed = {backend_id: probe.probed_at_ns for backend_id, probe in reader.probes().items()}
     health = trio.run(_probe_all, config.backends)
     rows = [
         _row(backend_id, settings.backend_type, health[backend_id], counts)
@@ -52,6 +59,8 @@ def backends(session: Session, as_json: bool) -> int:
     ]
     for backend_id in sorted({count[0] for count in counts} - health.keys()):
         rows.append(_row(backend_id, "", None, counts))
+    for row in rows:
+        row["probed_at_ns"] = probed.get(row["backend_id"], 0)
     if as_json:
         print_json({"backends": rows})
     else:
@@ -104,7 +113,7 @@ def _row(
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    header = ("BACKEND", "TYPE", "HEALTH", "OBJECTS", "FAILED", "SIZE", "DETAIL")
+    header = ("BACKEND", "TYPE", "HEALTH", "OBJECTS", "FAILED", "SIZE", "PROBED", "DETAIL")
     lines = [
         (
             printable(row["backend_id"]),
@@ -113,6 +122,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             str(row["object_count"]),
             str(row["by_status"].get("failed", 0)),
             format_bytes(row["size_bytes"]),
+            format_time_ns(row["probed_at_ns"]),
             printable(row["detail"]),
         )
         for row in rows

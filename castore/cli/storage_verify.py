@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from castore.cli.long_run import INTERRUPTED, LongRun, Snapshot
 from castore.cli.output import format_bytes, json_line, printable, text_fields
-from castore.cli.progress import ShowProgress, progress
 from castore.cli.session import Session, common_options
 from castore.errors import ConfigError
 
 if TYPE_CHECKING:
     from castore.catalog.reader import CatalogReader
+    from castore.catalog.scrub import LocationRow
     from castore.config import BackendSettings, Config
     from castore.storage.spi import StorageBackend
-    from castore.verify.scrub import Outcome, Scrub, Tally
+    from castore.verify.reading import Reading
+    from castore.verify.scrub import Outcome, Tally
     from castore.verify.shard import Shard
 
 FOUND_SOMETHING_BAD: Final = 1
 COULD_NOT_RUN: Final = 2
-_INTERRUPTED: Final = 128 + 2
 
 PATHS_NAMED: Final = 20
 """Paths listed for each failed location; how many more there are is said."""
-_SHOW_SECONDS: Final = 0.25
-"""Between two looks at how far the scrub is."""
 
 
 def _parse_shard(_context: click.Context, _parameter: click.Parameter, value: str | None) -> Shard | None:
@@ -110,87 +108,40 @@ class _Run:
         self._shard = shard
         self._reader = reader
         self._as_json = as_json
-        self._interrupted = False
-        self._output_error: OSError | None = None
+        self._long = LongRun(f"verifying {printable(', '.join(backends))}", backends.values())
         self._started = time.monotonic()
         self._tally: Tally
 
     async def main(self) -> None:
         """The scrub, with progress, until it is done or interrupted. Raises StateError, and OSError of the output."""
-        import trio
-
         from castore.catalog.scrub import ALL_DIGESTS
         from castore.verify.scrub import Scrub
 
         within = self._shard.digests if self._shard else ALL_DIGESTS
-        try:
-            with progress(f"verifying {printable(', '.join(self._backends))}") as show:
-                with trio.CancelScope() as scope:
+        scrub = Scrub(self._config.store.catalog_path, self._backends, within=within, on_outcome=self._tell)
+        self._tally = scrub.tally
+        await self._long.main(scrub.run, self._look)
 
-                    def tell(outcome: Outcome) -> None:
-                        try:
-                            self._tell(outcome, show)
-                        except OSError as exc:
-                            self._output_error = self._output_error or exc
-                            scope.cancel()
-
-                    scrub = Scrub(self._config.store.catalog_path, self._backends, within=within, on_outcome=tell)
-                    self._tally = scrub.tally
-                    await self._run(scrub, scope, show)
-        finally:
-            with trio.CancelScope(shield=True):
-                for backend in self._backends.values():
-                    await backend.aclose()
-        if self._output_error is not None:
-            raise self._output_error
-
-    async def _run(self, scrub: Scrub, scope: Any, show: ShowProgress) -> None:
-        import trio
-
-        error: BaseException | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._cancel_on_signal, scope)
-            nursery.start_soon(self._show, show)
-            try:
-                await scrub.run()
-            except Exception as exc:
-                # Raised outside, so that it is not part of a group.
-                error = exc
-            nursery.cancel_scope.cancel()
-        if error is not None:
-            raise error
-
-    async def _cancel_on_signal(self, scope: Any) -> None:
-        import trio
-
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            async for _ in signals:
-                self._interrupted = True
-                scope.cancel()
-
-    async def _show(self, show: ShowProgress) -> None:
-        import trio
-
+    def _look(self) -> Snapshot | None:
         tally = self._tally
-        while True:
-            if tally.total_count and tally.total_bytes is not None:
-                show(
-                    done_bytes=min(tally.read_bytes, tally.total_bytes),
-                    total_bytes=tally.total_bytes,
-                    files=f"{tally.done_count} of {tally.total_count} objects, {tally.counts['failed']} failed",
-                )
-            await trio.sleep(_SHOW_SECONDS)
+        if not tally.total_count or tally.total_bytes is None:
+            return None
+        return Snapshot(
+            done_bytes=min(tally.read_bytes, tally.total_bytes),
+            total_bytes=tally.total_bytes,
+            files=f"{tally.done_count} of {tally.total_count} objects, {tally.counts['failed']} failed",
+        )
 
     # results
 
-    def _tell(self, outcome: Outcome, show: ShowProgress) -> None:
+    def _tell(self, outcome: Outcome) -> None:
         if self._as_json:
-            show.say(json_line(self._document(outcome)))
+            self._long.say(json_line(self._document(outcome)))
         elif outcome.verdict == "unreadable":
-            show.say(f"unreadable: {printable(outcome.error)}")
+            self._long.say(f"unreadable: {printable(outcome.error)}")
         elif outcome.verdict == "failed":
-            for line in self._failure_lines(outcome):
-                show.say(line)
+            for line in failure_lines(self._reader, outcome.row, outcome.reading):
+                self._long.say(line)
 
     def _document(self, outcome: Outcome) -> dict[str, Any]:
         row, reading, event = outcome.row, outcome.reading, outcome.event or {}
@@ -212,27 +163,11 @@ class _Run:
             document["path_count"] = count
         return document
 
-    def _failure_lines(self, outcome: Outcome) -> list[str]:
-        row, reading = outcome.row, outcome.reading
-        assert reading is not None
-        found = ""
-        if reading.observed_digest is not None:
-            found = f"; found {reading.observed_size_bytes} bytes of {reading.observed_digest}"
-        backend_id = printable(row.backend_id)
-        lines = [f"failed: {reading.reason} in backend {backend_id}: {row.size_bytes} bytes of {row.digest}{found}"]
-        uses, count = self._reader.paths_of(row.blob_id, PATHS_NAMED)
-        lines += [f"  {use.ref}: {printable(use.path) or 'its manifest'}" for use in uses]
-        if count > len(uses):
-            lines.append(f"  and {count - len(uses)} more")
-        if not uses:
-            lines.append("  no package uses it")
-        return lines
-
     def exit_code(self) -> int:
         """130 when it was interrupted, else 2, 1 or 0."""
         counts = self._tally.counts
-        if self._interrupted:
-            return _INTERRUPTED
+        if self._long.is_interrupted:
+            return INTERRUPTED
         if self._tally.stopped or counts["unreadable"]:
             return COULD_NOT_RUN
         return FOUND_SOMETHING_BAD if counts["failed"] else 0
@@ -253,7 +188,7 @@ class _Run:
         for backend_id, error in tally.stopped.items():
             why = printable(error.removeprefix(f"backend {backend_id}: "))
             print(f"castore: error: backend {printable(backend_id)} is given up: {why}", file=sys.stderr)
-        if self._interrupted:
+        if self._long.is_interrupted:
             print(f"castore: interrupted: what was found of {tally.done_count} locations is recorded", file=sys.stderr)
 
     def _summary(self, seconds: float) -> dict[str, Any]:
@@ -268,6 +203,23 @@ class _Run:
             "read_bytes": tally.read_bytes,
             "duration_s": round(seconds, 3),
             "given_up": [{"backend_id": backend_id, "error": error} for backend_id, error in tally.stopped.items()],
-            "interrupted": self._interrupted,
+            "interrupted": self._long.is_interrupted,
             "exit_code": self.exit_code(),
         }
+
+
+def failure_lines(reader: CatalogReader, row: LocationRow, reading: Reading | None) -> list[str]:
+    """What is wrong with an object that was read, and the paths that it touches."""
+    assert reading is not None
+    found = ""
+    if reading.observed_digest is not None:
+        found = f"; found {reading.observed_size_bytes} bytes of {reading.observed_digest}"
+    backend_id = printable(row.backend_id)
+    lines = [f"failed: {reading.reason} in backend {backend_id}: {row.size_bytes} bytes of {row.digest}{found}"]
+    uses, count = reader.paths_of(row.blob_id, PATHS_NAMED)
+    lines += [f"  {use.ref}: {printable(use.path) or 'its manifest'}" for use in uses]
+    if count > len(uses):
+        lines.append(f"  and {count - len(uses)} more")
+    if not uses:
+        lines.append("  no package uses it")
+    return lines

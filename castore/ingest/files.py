@@ -20,6 +20,7 @@ import trio
 from castore.catalog.workspace import Node, WorkspaceStore
 from castore.digest import BlobHasher, BlobSummary
 from castore.errors import NotOpen, ReadOnly, StagingFull, StateError
+from castore.failpoint import failpoint
 from castore.ingest.hashing import INLINE_BYTES, HashQueue, hash_file
 from castore.ingest.pulse import Signal
 from castore.ingest.room import StagingRoom
@@ -55,11 +56,14 @@ class StagedFiles:
         max_bytes: int,
         max_bytes_per_user: int = 0,
         on_staged: Callable[[], None] = lambda: None,
+        on_lost: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._store = store
         self.folder = folder
         self._hashes = hashes
         self._on_staged = on_staged
+        self._on_lost = on_lost
+        """Called with the inode when the bytes that a file was staged with change, or are discarded."""
         self._open: dict[int, StagedFile] = {}
         self._closed: deque[int] = deque()
         """Inodes whose bytes nobody writes any more and that have to be read for their digest; 8 bytes for each."""
@@ -205,6 +209,7 @@ class StagedFiles:
             self.room.take(file.uid, grown - grow)
             file.size_bytes += grown
         file.mtime_ns = time.time_ns()
+        failpoint("file.written")
         hasher = file.hasher
         if hasher is not None:
             if offset != file.hash_end or written != len(data):
@@ -238,6 +243,7 @@ class StagedFiles:
             self._store.clear_summary(file.inode)
             file.is_dirty = True
             file.hasher = None
+            self._on_lost(file.inode)
         if file.inode in self._watched:
             self._watched[file.inode].changes += 1
         file.changed()
@@ -354,10 +360,12 @@ class StagedFiles:
     def _staged(self, file: StagedFile, summary: BlobSummary, changes: int) -> None:
         if changes != file.changes or not file.is_dirty:
             return  # changed meanwhile: whoever changed it will finish it
+        failpoint("file.closing")
         with self._store.transaction():
             self._store.set_summary(file.inode, summary)
             self._store.update_node(file.inode, mtime_ns=file.mtime_ns)
         file.is_dirty = False
+        failpoint("file.staged")
         self._on_staged()
         self.released.pulse()
 
@@ -394,6 +402,10 @@ class StagedFiles:
 
     def remove(self, inode: int, uid: int, size_bytes: int) -> None:
         """The last name is gone: remove the bytes."""
+        self._remove_bytes(inode, uid, size_bytes)
+        self._on_lost(inode)
+
+    def _remove_bytes(self, inode: int, uid: int, size_bytes: int) -> None:
         self.path(inode).unlink(missing_ok=True)
         self.room.take(uid, -size_bytes)
 
@@ -403,7 +415,8 @@ class StagedFiles:
             file = self._open.get(node.inode)
             if file is not None:
                 file.is_published = True
-            self.remove(node.inode, node.uid, node.size_bytes)
+            self._remove_bytes(node.inode, node.uid, node.size_bytes)
+            failpoint("publish.forgetting")
 
     def close(self) -> None:
         """Close every descriptor; what is open stays dirty in the workspace, for recovery."""

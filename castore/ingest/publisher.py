@@ -32,6 +32,7 @@ from castore.errors import (
     StorageError,
     from_text,
 )
+from castore.failpoint import failpoint
 from castore.ingest.draft import Draft, published_event, write_draft
 from castore.ingest.files import StagedFiles
 from castore.ingest.labels import LabelReader, Labels
@@ -50,6 +51,8 @@ FORGET_BATCH: Final = 2000
 """Nodes forgotten in one go after a publish: about 20 ms of the loop."""
 MANIFEST_SECONDS: Final = 1.0
 """What the manifest's put may take when all of `wait_seconds` went by before."""
+UNDO_SECONDS: Final = 2.0
+"""What removing the manifest of a failed publish may take, with the kernel's locks held; else the next start does."""
 POLL_SECONDS: Final = 0.25
 """How often progress is reported while waiting."""
 
@@ -225,10 +228,14 @@ class Publisher:
             draft = self._draft(version_inode, name, version, labels, route)
             try:
                 manifest = await self._put_manifest(draft, max(deadline, trio.current_time() + MANIFEST_SECONDS))
+                failpoint("publish.put")
                 await self._commit(draft, manifest)
+                failpoint("publish.committed")
             except BaseException:
-                with trio.CancelScope(shield=True):
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + UNDO_SECONDS) as undoing:
                     await self._undo(draft)
+                if undoing.cancelled_caught:
+                    log.warning("the manifest of unpublished %s/%s may stay until the next start", name, version)
                 raise
             self._tree.hand_over(version_inode)
         try:
@@ -271,6 +278,7 @@ class Publisher:
         except Frozen as exc:
             raise PublishBusy("the package is being published by someone else") from exc
         self._tree.freeze(version_inode)
+        failpoint("publish.frozen")
         try:
             yield
         finally:
@@ -294,16 +302,24 @@ class Publisher:
         path = self._manifests / f"{draft.root.inode:x}"
         try:
             summary = await trio.to_thread.run_sync(write_draft, path, draft, self._store.path, self._files.path)
+            failpoint("publish.drafted")
             self._store.begin_publishing(Publishing(draft.root.inode, draft.name, draft.version, summary.digest.raw))
+            failpoint("publish.noted")
             # The note must not be lost by a power cut that keeps the manifest.
             await self._files.sync_names()
             pairs = [(summary.digest, backend_id) for backend_id in draft.backend_ids]
             await self._writer.run(lambda transaction: transaction.add_intents(pairs, owner=self._owner))
+            failpoint("publish.intended")
+            slow = ""
             with trio.move_on_at(deadline):
-                for backend_id in draft.backend_ids:
-                    await self._backends[backend_id].put(summary.digest, FileSource(path, summary))
+                for slow in draft.backend_ids:
+                    await self._backends[slow].put(summary.digest, FileSource(path, summary))
                 return summary
-            raise PublishBusy("the package's manifest was not stored in time; try again")
+            raise PublishBusy(f"the package's manifest was not stored in backend {slow} in time; try again")
+        except StorageError as exc:
+            if exc.temporary:
+                raise PublishBusy(f"the package's manifest is not stored: {exc}; try again") from exc
+            raise
         finally:
             path.unlink(missing_ok=True)
 
@@ -371,11 +387,13 @@ class Publisher:
             with self._store.transaction():
                 self._store.delete_link(*link)
                 self._store.touch(link[0], time.time_ns())
+            failpoint("publish.unlinked")
         while nodes := self._store.remove_version(version_inode, FORGET_BATCH):
             self._files.publish(node for node in nodes if node.kind is Kind.FILE)
             await self._on_published([node.inode for node in nodes])
             await trio.lowlevel.checkpoint()
         self._store.end_publishing(version_inode, manifest)
+        failpoint("publish.forgotten")
         self._tree.forget(version_inode)
 
     async def _undo(self, draft: Draft) -> None:
@@ -389,11 +407,21 @@ class Publisher:
         When a backend cannot delete now, the note stays and the next start tries again.
         """
         digest = Digest(MANIFEST_ALGORITHM, publishing.manifest)
-        try:
-            for backend_id in backend_ids:
+        errors: list[StorageError] = []
+
+        async def remove(backend_id: str) -> None:
+            try:
+                await self._backends[backend_id].abandon(digest)
                 await self._backends[backend_id].delete(digest)
-        except StorageError as exc:
-            log.warning("the manifest of unpublished %s/%s stays: %s", publishing.name, publishing.version, exc)
+            except StorageError as exc:
+                errors.append(exc)
+
+        # One that does not answer keeps it from no other.
+        async with trio.open_nursery() as nursery:
+            for backend_id in backend_ids:
+                nursery.start_soon(remove, backend_id)
+        if errors:
+            log.warning("the manifest of unpublished %s/%s stays: %s", publishing.name, publishing.version, errors[0])
             return
         pairs = [(digest, backend_id) for backend_id in backend_ids]
         await self._writer.run(lambda transaction: transaction.drop_intents(pairs))

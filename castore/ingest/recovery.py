@@ -24,7 +24,6 @@ async def recover_names(
     writer: CatalogWriter,
     publisher: Publisher,
     manifests: Path,
-    owner: str,
 ) -> list[Publishing]:
     """Make names, sizes and states right, before anything can be looked up. Takes time by entries, not by bytes.
 
@@ -45,9 +44,6 @@ async def recover_names(
         for node in store.receiving():
             files.measure(node)
     _compare_with_disk(store, files)
-    dropped = await writer.run(lambda transaction: transaction.drop_intents_of_others(owner))
-    if dropped:
-        log.info("%d puts of an earlier daemon had not ended; they are put again where they are needed", dropped)
     return store.publishings()
 
 

@@ -19,6 +19,7 @@ from castore.ingest.files import StagedFiles
 from castore.ingest.hashing import HashQueue
 from castore.ingest.inode_numbers import InodeNumbers
 from castore.ingest.labels import LabelReader
+from castore.ingest.leftovers import Leftovers
 from castore.ingest.publisher import Publisher
 from castore.ingest.recovery import recover_bytes, recover_names
 from castore.ingest.tree import IngestTree
@@ -55,7 +56,7 @@ class Ingest:
         self._unfinished_publishes: list[Publishing] = []
         self._writer = writer
         self._hashes = HashQueue()
-        self._router = Router(config.routing, frozenset(backends))
+        self._router = Router(config.routing, frozenset(backends), source=config.source)
         self._numbers = InodeNumbers(writer)
         self.labels = LabelReader(self.store, default_retention_class=config.ingest.default_retention_class)
         self.files = StagedFiles(
@@ -65,6 +66,7 @@ class Ingest:
             max_bytes=config.ingest.staging_max_bytes,
             max_bytes_per_user=config.ingest.max_bytes_per_user,
             on_staged=lambda: self.uploader.wake(),
+            on_lost=lambda inode: self.uploader.lose(inode),
         )
         self.tree = IngestTree(
             self.store,
@@ -72,6 +74,13 @@ class Ingest:
             numbers=self._numbers,
             files=self.files,
             on_routing_change=lambda _: self.uploader.wake(),
+        )
+        self.leftovers = Leftovers(
+            self.store,
+            writer=writer,
+            backends=backends,
+            route=lambda version_inode: self.uploader.route(version_inode),
+            owner=self._owner,
         )
         self.uploader = Uploader(
             self.store,
@@ -81,6 +90,7 @@ class Ingest:
             router=self._router,
             labels=self.labels,
             files=self.files,
+            leftovers=self.leftovers,
             owner=self._owner,
         )
         self.publisher = Publisher(
@@ -106,7 +116,6 @@ class Ingest:
             writer=self._writer,
             publisher=self.publisher,
             manifests=self._manifests,
-            owner=self._owner,
         )
 
     async def run(self) -> None:
@@ -115,6 +124,7 @@ class Ingest:
             nursery.start_soon(self._hashes.run)
             nursery.start_soon(self.files.run)
             nursery.start_soon(self.uploader.run)
+            nursery.start_soon(self.leftovers.remove_of_the_dead)
             await recover_bytes(
                 self.store,
                 self._unfinished_publishes,

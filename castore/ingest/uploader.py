@@ -20,8 +20,10 @@ from castore.catalog.workspace import WorkspaceStore
 from castore.catalog.writer import CatalogWriter, Transaction
 from castore.digest import BlobSummary, Digest
 from castore.errors import CastoreError, ConfigError, NotFound, SourceChanged, StateError, StorageError, to_text
+from castore.failpoint import failpoint
 from castore.ingest.files import StagedFiles
 from castore.ingest.labels import LabelReader
+from castore.ingest.leftovers import Leftovers
 from castore.ingest.pulse import Signal
 from castore.registry.routing import Route, Router
 from castore.storage.source import FileSource
@@ -58,6 +60,20 @@ class _Upload:
     """The first file's count of changes when it was picked."""
     followers: list[int] = field(default_factory=list)
     """Files with the same bytes that belong in another backend: looked at again when this upload is over."""
+    puts: set[trio.CancelScope] = field(default_factory=set)
+    """Those under way."""
+    is_wanted: bool = True
+    """Whether any file waits for it, as far as is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """How a put ended. Its intent goes when it `is_over`: when nothing unfinished of it is left in the backend."""
+
+    upload: _Upload
+    backend_id: str
+    error: CastoreError | None
+    is_over: bool
 
 
 class Uploader:
@@ -73,6 +89,7 @@ class Uploader:
         router: Router,
         labels: LabelReader,
         files: StagedFiles,
+        leftovers: Leftovers,
         owner: str,
     ) -> None:
         self._store = store
@@ -82,14 +99,13 @@ class Uploader:
         self._router = router
         self._labels = labels
         self._files = files
+        self._leftovers = leftovers
         self._owner = owner
         self._wake = trio.Event()
         self._uploads: dict[Digest, _Upload] = {}
         self._file_count = 0
         self._puts, self._put_queue = trio.open_memory_channel[tuple[_Upload, str]](0)
-        self._results, self._result_queue = trio.open_memory_channel[tuple[_Upload, str, CastoreError | None]](
-            IN_FLIGHT_FILES
-        )
+        self._results, self._result_queue = trio.open_memory_channel[_Result](IN_FLIGHT_FILES)
         self._retry_seconds = 0.0
         self._failing = trio.Event()
         self.progress = Signal()
@@ -132,6 +148,7 @@ class Uploader:
         if not picked:
             await self._wake.wait()
             return
+        failpoint("put.picked")
         uploads: list[_Upload] = []
         for inode, version_inode, summary in picked:
             await self._pick(inode, version_inode, summary, uploads)
@@ -139,6 +156,7 @@ class Uploader:
             # What is stored already needs no transaction of its own: publish looks again, in its own.
             if any(upload.missing for upload in uploads):
                 await self._writer.run(lambda transaction: self._begin(transaction, uploads))
+                failpoint("put.intended")
         except StateError as exc:
             for upload in uploads:
                 upload.error = exc
@@ -195,19 +213,46 @@ class Uploader:
 
     # put
 
+    def lose(self, inode: int) -> None:
+        """The bytes that a file was staged with changed, or went. A put that no other file waits for ends."""
+        for digest, upload in self._uploads.items():
+            if inode in upload.inodes and not any(self._waits(each, digest) for each in upload.inodes):
+                upload.is_wanted = False
+                for put in upload.puts:
+                    put.cancel()
+
+    def _waits(self, inode: int, digest: Digest) -> bool:
+        node = self._store.node(inode)
+        summary = self._store.summary(inode) if node is not None and node.nlink else None
+        return summary is not None and summary.digest == digest
+
     async def _put_worker(self) -> None:
         while True:
             upload, backend_id = await self._put_queue.receive()
-            error: CastoreError | None = None
-            try:
-                source = FileSource(self._files.path(upload.inodes[0]), upload.summary)
-                await self._backends[backend_id].put(upload.summary.digest, source)
-            except StorageError as exc:
-                error = exc
-            if error is None and self._files.changed_since(upload.inodes[0], upload.changes):
-                # The source checks what it reads against short checksums, which one who wants to can forge.
-                error = SourceChanged("the file was changed while it was put")
-            await self._results.send((upload, backend_id, error))
+            error = await self._put(upload, backend_id)
+            # What failed for now is tried again, and goes on from what it left.
+            is_over = error is None or (
+                not (error.temporary and upload.is_wanted)
+                and await self._leftovers.remove(upload.summary.digest, backend_id)
+            )
+            await self._results.send(_Result(upload, backend_id, error, is_over))
+
+    async def _put(self, upload: _Upload, backend_id: str) -> CastoreError | None:
+        if upload.is_wanted:
+            with trio.CancelScope() as scope:
+                upload.puts.add(scope)
+                try:
+                    source = FileSource(self._files.path(upload.inodes[0]), upload.summary)
+                    await self._backends[backend_id].put(upload.summary.digest, source)
+                except StorageError as exc:
+                    return exc
+                finally:
+                    upload.puts.discard(scope)
+                if not self._files.changed_since(upload.inodes[0], upload.changes):
+                    failpoint("put.stored")
+                    return None
+        # Also when all was put: the source checks what it reads against short checksums, which can be forged.
+        return SourceChanged("the file was changed or removed while it was put")
 
     # commit
 
@@ -219,18 +264,18 @@ class Uploader:
                     results.append(self._result_queue.receive_nowait())
                 except trio.WouldBlock:
                     break
-            stored = [(upload.summary, backend_id) for upload, backend_id, error in results if error is None]
-            failed = [(upload.summary.digest, backend_id) for upload, backend_id, error in results if error is not None]
             commit_error: CastoreError | None = None
             try:
-                await self._writer.run(_location_work(stored, failed))
+                await self._writer.run(_location_work(results))
+                failpoint("put.located")
             except StateError as exc:
                 commit_error = exc
-            for upload, backend_id, error in results:
-                upload.missing.discard(backend_id)
-                upload.stored.append(backend_id)
-                upload.error = error or commit_error or upload.error
-            await self._settle(list({upload: None for upload, _, _ in results if not upload.missing}))
+            for result in results:
+                upload = result.upload
+                upload.missing.discard(result.backend_id)
+                upload.stored.append(result.backend_id)
+                upload.error = result.error or commit_error or upload.error
+            await self._settle(list({result.upload: None for result in results if not result.upload.missing}))
             self.progress.pulse()
 
     async def _settle(self, uploads: list[_Upload]) -> None:
@@ -245,6 +290,7 @@ class Uploader:
             except StateError as exc:
                 log.warning("what was put is not noted yet: %s", exc)
                 await trio.sleep(RETRY_SECONDS_MIN)
+        failpoint("put.settled")
         # No checkpoint since the notes: nobody joined these uploads after them.
         for upload, is_failed in zip(uploads, failed, strict=True):
             digest = upload.summary.digest
@@ -294,9 +340,10 @@ class Uploader:
                 self._failing.set()
 
 
-def _location_work(
-    stored: list[tuple[BlobSummary, str]], failed: list[tuple[Digest, str]]
-) -> Callable[[Transaction], None]:
+def _location_work(results: list[_Result]) -> Callable[[Transaction], None]:
+    stored = [(result.upload.summary, result.backend_id) for result in results if result.error is None]
+    failed = [(each.upload.summary.digest, each.backend_id) for each in results if each.error and each.is_over]
+
     def work(transaction: Transaction) -> None:
         transaction.add_locations(stored)
         transaction.drop_intents(failed)

@@ -1,4 +1,4 @@
-"""The rules for judging a location: its status and one event change together. Reading the object is done elsewhere."""
+"""The rules for locations: what is known of one and its event change together. Objects are read and put elsewhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Final
 from castore.catalog.records import FailureReason, LocationStatus
 from castore.catalog.writer import Transaction
 from castore.digest import Digest
-from castore.events import LOCATION_VERIFIED, Event
+from castore.events import LOCATION_ADDED, LOCATION_VERIFIED, Event
 
 PACKAGES_NAMED: Final = 20
 """Packages that an event names at most: enough to act on, and a bound for a blob that is in every package."""
@@ -80,6 +80,27 @@ def record_bad_read(transaction: Transaction, digest: Digest, backend_id: str, r
         duration_ms=None,
     )
     return True
+
+
+def record_copy(
+    transaction: Transaction, digest: Digest, backend_id: str, *, source_id: str, size_bytes: int, duration_ms: int
+) -> dict[str, Any] | None:
+    """A blob was read from `source_id`, found right, and put in `backend_id`: the location, and its event's data.
+
+    None, and no event, when it was good there already, is being deleted there, or nothing knows the blob any more.
+    """
+    if not transaction.add_copy(digest, backend_id):
+        return None
+    data = {
+        "backend_id": backend_id,
+        "source_backend_id": source_id,
+        "digest": str(digest),
+        "size_bytes": size_bytes,
+        "packages": list(transaction.packages_of(digest, PACKAGES_NAMED)),
+        "duration_ms": duration_ms,
+    }
+    transaction.add_event(Event(type=LOCATION_ADDED, subject=str(digest), data=data))
+    return data
 
 
 def _add_event(

@@ -1,11 +1,13 @@
-"""Which backends a package belongs in: rules by retention class and producer. Nothing is stored or asked here."""
+"""Which backends a package belongs in: rules by retention class and producer. No backend is asked here."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from castore.config import RoutingSettings
 from castore.errors import ConfigError
@@ -21,33 +23,59 @@ class Route:
 class Router:
     """Chooses by the configuration's rules, its function, or its default.
 
-    Raises ConfigError when the function cannot be imported or names a backend that is not configured.
+    `source` is the file that errors name. Raises ConfigError when the function cannot be imported.
     """
 
-    def __init__(self, settings: RoutingSettings, backend_ids: frozenset[str]) -> None:
+    def __init__(self, settings: RoutingSettings, backend_ids: frozenset[str], *, source: Path | None = None) -> None:
         self._settings = settings
         self.backend_ids = backend_ids
-        self._function = _load(settings.function) if settings.function else None
+        self._where = f"{source}: " if source else ""
+        self._function = self._load(settings.function) if settings.function else None
 
     def route(self, retention_class: str, producer: str) -> Route:
-        """The route of a package; the first matching rule wins, patterns are shell-style."""
+        """The route of a package; the first matching rule wins, patterns are shell-style.
+
+        Raises ConfigError when the function fails or names a backend that is not configured.
+        """
         if self._function is not None:
-            chosen = self._function(retention_class, producer)
-            if chosen not in self.backend_ids:
-                raise ConfigError(f"routing.function: returned {chosen!r}, which is no configured backend")
-            return Route((chosen,))
+            return Route((self._ask(self._function, retention_class, producer),))
         for rule in self._settings.rules:
             if fnmatchcase(retention_class, rule.retention_class) and fnmatchcase(producer, rule.producer):
                 return Route((rule.backend, *rule.copies))
         return Route((self._settings.default,))
 
+    def _ask(self, function: Callable[[str, str], object], retention_class: str, producer: str) -> str:
+        """The backend that a site's function chooses: code that is not ours, and must not end a daemon."""
+        try:
+            chosen = function(retention_class, producer)
+        except (Exception, SystemExit) as exc:
+            raise self._refuse(f"({retention_class!r}, {producer!r}) raised {_one_line(exc)}") from exc
+        if isinstance(chosen, str) and chosen in self.backend_ids:
+            return chosen
+        allowed = ", ".join(sorted(self.backend_ids))
+        shown = repr(chosen) if isinstance(chosen, str | None) else f"a value of type {type(chosen).__name__}"
+        raise self._refuse(
+            f"({retention_class!r}, {producer!r}) returned {shown}; expected one of the configured backends ({allowed})"
+        )
 
-def _load(path: str) -> Callable[[str, str], str]:
-    module_name, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as exc:
-        raise ConfigError(f"routing.function: cannot import {path!r}: {exc}; expected MODULE:FUNCTION") from exc
-    if not callable(function):
-        raise ConfigError(f"routing.function: {path!r} is not callable")
-    return function  # type: ignore[no-any-return]
+    def _load(self, path: str) -> Callable[[str, str], object]:
+        module_name, _, name = path.partition(":")
+        try:
+            function = getattr(importlib.import_module(module_name), name)
+        except (Exception, SystemExit) as exc:
+            # Importing runs the module: anything may come of that.
+            raise self._refuse(
+                f" cannot be imported: {_one_line(exc)}; expected MODULE:NAME of a module on PYTHONPATH or installed "
+                "beside castore"
+            ) from exc
+        if not callable(function) or inspect.iscoroutinefunction(function):
+            raise self._refuse(f" is of type {type(function).__name__}; expected a function that is not async")
+        return function  # type: ignore[no-any-return]
+
+    def _refuse(self, why: str) -> ConfigError:
+        return ConfigError(f"{self._where}routing.function = {self._settings.function!r}{why}")
+
+
+def _one_line(exc: BaseException) -> str:
+    said = " ".join(str(exc).split())
+    return f"{type(exc).__name__}: {said}" if said else type(exc).__name__

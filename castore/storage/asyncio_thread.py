@@ -22,6 +22,9 @@ Ts = TypeVarTuple("Ts")
 
 THREAD_NAME: Final = "castore asyncio"
 
+LoopLock = asyncio.Lock
+"""For what runs in the loop and nowhere else. Making one needs no loop."""
+
 
 class AsyncioThread:
     """A share in the process's asyncio loop. Making one starts nothing."""

@@ -23,7 +23,7 @@ import pytest
 import trio
 
 from castore.digest import BLOCK_SIZE_BYTES, MANIFEST_ALGORITHM, PRIMARY_ALGORITHM, BlobHasher, Digest
-from castore.errors import ObjectMissing, ObjectTruncated, SourceChanged
+from castore.errors import ObjectMissing, ObjectTruncated, SourceChanged, StorageError
 from castore.storage.conformance_sources import PATIENCE_S, BlockingSource, ScriptedSource, failing_reader
 from castore.storage.source import BytesSource, FileSource
 from castore.storage.spi import ObjectInfo, StorageBackend
@@ -294,6 +294,56 @@ class BackendConformance:
             await _assert_absent(backend, digest)
         assert await _whole(backend, other, len(other_data)) == other_data
         await backend.put(digest, BytesSource(data))
+        assert await _whole(backend, digest, len(data)) == data
+
+    async def test_abandon_touches_no_object(self, backend: StorageBackend) -> None:
+        digest, data = _blob(6 << 20)
+        await backend.abandon(digest)
+        await _assert_absent(backend, digest)
+        await backend.put(digest, BytesSource(data))
+        for _ in range(2):
+            await backend.abandon(digest)
+            assert await _whole(backend, digest, len(data)) == data
+
+    async def test_abandon_after_a_put_that_was_cancelled(self, backend: StorageBackend) -> None:
+        digest, data = _blob(11 << 20)
+        source = BlockingSource(data, 10 << 20)
+        try:
+            with trio.fail_after(PATIENCE_S):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(backend.put, digest, source)
+                    await trio.to_thread.run_sync(source.blocked.wait, abandon_on_cancel=True)
+                    nursery.cancel_scope.cancel()
+            await backend.abandon(digest)
+            await _assert_absent(backend, digest)
+        finally:
+            source.go_on.set()
+        await backend.put(digest, BytesSource(data))
+        assert await _whole(backend, digest, len(data)) == data
+
+    async def test_abandon_while_the_digest_is_put(self, backend: StorageBackend) -> None:
+        digest, data = _blob(11 << 20)
+        source = BlockingSource(data, 10 << 20)
+        failures: list[StorageError] = []
+
+        async def put() -> None:
+            try:
+                await backend.put(digest, source)
+            except StorageError as exc:
+                failures.append(exc)
+
+        try:
+            with trio.fail_after(PATIENCE_S):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(put)
+                    await trio.to_thread.run_sync(source.blocked.wait, abandon_on_cancel=True)
+                    await backend.abandon(digest)
+                    source.go_on.set()
+        finally:
+            source.go_on.set()
+        assert all(failure.temporary for failure in failures)
+        if failures:
+            await backend.put(digest, BytesSource(data))
         assert await _whole(backend, digest, len(data)) == data
 
     async def test_an_empty_backend_lists_nothing(self, backend: StorageBackend) -> None:

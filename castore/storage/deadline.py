@@ -13,8 +13,14 @@ from castore.storage.wrapping import Operation, Wrapping
 
 T = TypeVar("T")
 
+_READS: Final = frozenset({"get", "head"})
+
 BASE_S: Final = 30.0
-"""Seconds for a call that moves no bytes: a server's fail-over takes 10 to 20, a person gives up after that."""
+"""Seconds for a put, a delete or a step of a listing, beside the time for its bytes: a server's fail-over takes 10 to
+20, and a page of a large bucket's listing may take as long."""
+READ_BASE_S: Final = 10.0
+"""The same for a get or head. Somebody waits for it, another location may have the bytes, and trying again costs
+little: a connection that the way there forgot is found out, and three tries outlast a fail-over, too."""
 MIN_BYTES_PER_S: Final = 1 << 20
 """The slowest transfer that is still one: a tenth of what 100 Mbit/s carry, shared by 8 transfers."""
 HEALTH_S: Final = 5.0
@@ -24,7 +30,8 @@ HEALTH_S: Final = 5.0
 class DeadlineBackend(Wrapping):
     """Every call raises StorageTimeout after `base_s` seconds, and one second more for each `min_bytes_per_s` moved.
 
-    Each step of a listing has `base_s`. `health` fails after `health_s`; `aclose` has `base_s`.
+    Gets and heads have `read_base_s`, where that is less. Each step of a listing has `base_s`. `health` fails after
+    `health_s`; `aclose` has `base_s`.
     """
 
     def __init__(
@@ -32,16 +39,19 @@ class DeadlineBackend(Wrapping):
         inner: StorageBackend,
         *,
         base_s: float = BASE_S,
+        read_base_s: float = READ_BASE_S,
         min_bytes_per_s: float = MIN_BYTES_PER_S,
         health_s: float = HEALTH_S,
     ) -> None:
         super().__init__(inner)
         self._base_s = base_s
+        self._read_base_s = min(read_base_s, base_s)
         self._min_bytes_per_s = min_bytes_per_s
         self._health_s = health_s
 
     async def _around(self, operation: Operation, call: Callable[[], Awaitable[T]]) -> T:
-        seconds = self._base_s + operation.size_bytes / self._min_bytes_per_s
+        base_s = self._read_base_s if operation.name in _READS else self._base_s
+        seconds = base_s + operation.size_bytes / self._min_bytes_per_s
         with trio.move_on_after(seconds):
             return await call()
         raise StorageTimeout(

@@ -16,9 +16,9 @@ _WRITES: Final = frozenset({"put", "delete"})
 
 
 class LimitedBackend(Wrapping):
-    """At most `reads` gets, heads and steps of listings at a time, and at most `writes` puts and deletes.
+    """At most `reads` gets, heads, abandons and steps of listings at a time, and at most `writes` puts and deletes.
 
-    Two bounds, so that a large upload never keeps a reader waiting. `health` does not wait.
+    Two bounds, so that a large upload keeps waiting neither a reader nor who gives it up. `health` does not wait.
     """
 
     def __init__(self, inner: StorageBackend, *, reads: int, writes: int) -> None:

@@ -1,20 +1,27 @@
 """Settings -> a backend with all its wrappers. The only place that knows every type of backend; opens nothing itself.
 
-The order, from the outside: retry, limit, deadline, backend. So a wait before another try takes no turn from others,
-and a call that waits for its turn is not counted as a backend that does not answer.
+The order, from the outside: breaker, retry, limit, deadline, backend. So a wait before another try takes no turn from
+others, and a call that waits for its turn is not counted as a backend that does not answer. What fails for the breaker
+has failed after all its tries, so a server's fail-over that these outlast is no outage; and what the breaker refuses
+is not tried again: whoever asked turns to another location at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+import trio
+
 from castore.config import BackendSettings, LocalSettings, S3Settings
+from castore.digest import Digest
+from castore.errors import ConfigError
+from castore.storage.breaker import BreakerBackend
 from castore.storage.deadline import DeadlineBackend
 from castore.storage.limit import LimitedBackend
 from castore.storage.retry import RetryingBackend
-from castore.storage.spi import StorageBackend
+from castore.storage.spi import ProbeReport, Probing, StorageBackend
 
 if TYPE_CHECKING:
     from castore.storage.backends.local import LocalBackend
@@ -34,8 +41,8 @@ def open_backend(settings: BackendSettings) -> StorageBackend:
 
 
 def wrap(backend: StorageBackend, *, reads: int, writes: int) -> StorageBackend:
-    """A bare backend made fit for use: bounded in time, in calls at once, and in tries."""
-    return RetryingBackend(LimitedBackend(DeadlineBackend(backend), reads=reads, writes=writes))
+    """A bare backend made fit for use: bounded in time, in calls at once, and in tries; left alone while it is dead."""
+    return BreakerBackend(RetryingBackend(LimitedBackend(DeadlineBackend(backend), reads=reads, writes=writes)))
 
 
 async def create_backend(settings: BackendSettings) -> bool:
@@ -47,13 +54,27 @@ async def create_backend(settings: BackendSettings) -> bool:
         return await backend.create()
 
 
-async def sweep_backend(settings: BackendSettings) -> int:
+async def sweep_backend(settings: BackendSettings, *, is_wanted: Callable[[Digest], bool] | None = None) -> int:
     """Remove what puts of dead processes left behind; how many things. Safe at any time.
 
-    Raises StorageError, and ConfigError as `open_backend` does.
+    What was left of a digest that is wanted stays where a put may go on from it. Raises StorageError, and ConfigError
+    as `open_backend` does.
     """
     async with _opened(settings) as backend:
-        return await backend.sweep()
+        return await backend.sweep(is_wanted=is_wanted)
+
+
+async def probe_backend(settings: BackendSettings) -> ProbeReport:
+    """Ask the backend what it does and enforces: see `Probing.probe`.
+
+    Raises StorageError when it cannot be asked at all, and ConfigError as `open_backend` does or for a type of backend
+    that has no probe.
+    """
+    async with _opened(settings) as backend:
+        offered: object = backend
+        if not isinstance(offered, Probing):
+            raise ConfigError(f'backend {settings.backend_id}: type = "{settings.backend_type}" has no probe')
+        return await offered.probe()
 
 
 @asynccontextmanager
@@ -62,7 +83,8 @@ async def _opened(settings: BackendSettings) -> AsyncIterator[LocalBackend | S3B
     try:
         yield backend
     finally:
-        await backend.aclose()
+        with trio.CancelScope(shield=True):
+            await backend.aclose()
 
 
 def _local(settings: LocalSettings) -> LocalBackend:

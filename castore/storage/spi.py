@@ -29,6 +29,51 @@ class BackendHealth:
     free_bytes: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The answer to one question of a probe. All of it is for a person too, and holds no secret."""
+
+    name: str
+    """Of the question, and the same for ever: lower-case words with dashes between them."""
+    question: str
+    expected: str
+    answer: str
+    enforced: Literal["yes", "no", "not supported", "unknown"]
+    """Whether what is expected is what the backend does. `unknown`: it could not be asked, for now."""
+    consequence: str
+    """What follows where it is not so, and the mend; empty for what castore does not rely on."""
+
+    @property
+    def severity(self) -> Literal["pass", "fail", "unknown", "info"]:
+        """`fail` and `unknown` are of what castore relies on, `info` of what would merely be nice."""
+        if self.enforced == "yes":
+            return "pass"
+        if not self.consequence:
+            return "info"
+        return "unknown" if self.enforced == "unknown" else "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport:
+    """All that a probe found. `server` is what the backend says it is, empty where it says nothing."""
+
+    server: str
+    findings: tuple[Finding, ...]
+
+
+@runtime_checkable
+class Probing(Protocol):
+    """What a backend may offer beside the contract: to find out what the place of its objects really does."""
+
+    async def probe(self) -> ProbeReport:
+        """Ask, with deliberately bad values too, and believe only what comes back.
+
+        Bounded in time. Works in a place of its own, touches no object, and leaves nothing there, also when it is
+        cancelled; what a killed probe left is removed by a later one. A question that cannot be answered for now is a
+        finding that says so. Raises StorageError when nothing can be asked at all.
+        """
+
+
 @runtime_checkable
 class Source(Protocol):
     """Bytes to put that can be read again, for a retry or for parts in parallel.
@@ -72,6 +117,8 @@ class StorageBackend(Protocol):
         or raises. Raises SourceChanged when the source yields more or fewer bytes than it promised, or cannot be read.
         A put that is cancelled returns at once, even while the source blocks. Unless the source has been read to
         its end by then, nothing is stored afterwards.
+        What a put that was cancelled, killed, or failed for now has sent may stay, unseen, for the next put of the
+        digest to go on from; `abandon` removes it.
         """
 
     async def get(
@@ -90,7 +137,14 @@ class StorageBackend(Protocol):
         """What is known of the object without reading it. Raises ObjectMissing."""
 
     async def delete(self, digest: Digest) -> None:
-        """Remove the object, durably. Succeeds when it is not there."""
+        """Remove the object, durably. Succeeds when it is not there. Not what unfinished puts left: see `abandon`."""
+
+    async def abandon(self, digest: Digest) -> None:
+        """Remove what unfinished puts of the digest left, of dead processes too, when none is going to be tried again.
+
+        Touches no object. A put of the digest that is under way in this or another process either succeeds all the
+        same or raises a temporary StorageError.
+        """
 
     def list(self, algorithm: str, *, prefix: str = "") -> AbstractAsyncContextManager[AsyncIterator[ObjectInfo]]:
         """All objects of a digest algorithm whose hex begins with `prefix`, in ascending order of digest.

@@ -19,7 +19,7 @@ T = TypeVar("T")
 class Operation:
     """One call of a backend: its name, what it is about, and the bytes that it moves at most."""
 
-    name: Literal["put", "get", "head", "delete", "list"]
+    name: Literal["put", "get", "head", "delete", "abandon", "list"]
     subject: str
     size_bytes: int = 0
 
@@ -61,13 +61,16 @@ class Wrapping(ABC):
     async def delete(self, digest: Digest) -> None:
         await self._around(Operation("delete", str(digest)), partial(self._inner.delete, digest))
 
+    async def abandon(self, digest: Digest) -> None:
+        await self._around(Operation("abandon", str(digest)), partial(self._inner.abandon, digest))
+
     def list(self, algorithm: str, *, prefix: str = "") -> AbstractAsyncContextManager[AsyncIterator[ObjectInfo]]:
         return self._list(algorithm, prefix)
 
     @asynccontextmanager
     async def _list(self, algorithm: str, prefix: str) -> AsyncIterator[AsyncIterator[ObjectInfo]]:
         async with self._inner.list(algorithm, prefix=prefix) as objects:
-            yield _Steps(objects, partial(self._around, Operation("list", f"{algorithm}:{prefix}")))
+            yield Steps(objects, partial(self._around, Operation("list", f"{algorithm}:{prefix}")))
 
     async def health(self) -> BackendHealth:
         return await self._inner.health()
@@ -76,7 +79,9 @@ class Wrapping(ABC):
         await self._inner.aclose()
 
 
-class _Steps:
+class Steps:
+    """A listing whose every step goes through a function."""
+
     def __init__(
         self,
         objects: AsyncIterator[ObjectInfo],
@@ -85,7 +90,7 @@ class _Steps:
         self._objects = objects
         self._around = around
 
-    def __aiter__(self) -> _Steps:
+    def __aiter__(self) -> Steps:
         return self
 
     async def __anext__(self) -> ObjectInfo:

@@ -26,6 +26,10 @@ HASH_INLINE_BYTES: Final = 64 * 1024
 """A piece up to this size is hashed on the event loop: 40 microseconds, where a thread costs 60."""
 
 
+Keep = Callable[[int, memoryview], None]
+"""Is given pieces of an object and where they begin; must not hold on to them. May block."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What an object was found to be. `reason` is None when it is the blob.
@@ -51,22 +55,24 @@ class ObjectReader:
         self._buffers: list[bytearray] = []
         self._hashing = trio.CapacityLimiter(os.cpu_count() or 1)
 
-    async def judge(self, digest: Digest, size_bytes: int) -> Reading:
+    async def judge(self, digest: Digest, size_bytes: int, *, keep: Keep | None = None) -> Reading:
         """Re-read the object that should be `size_bytes` of `digest`; twice before it is said to be bad.
 
-        Raises a StorageError other than ObjectMissing and ObjectTruncated when the backend does not tell.
+        `keep` is given every piece of an object of the right size, perhaps twice: what it has at last is the blob when
+        the reading is good. Raises a StorageError other than ObjectMissing and ObjectTruncated when the backend does
+        not tell, and what `keep` raises.
         """
-        reading = await self._read(digest, size_bytes)
+        reading = await self._read(digest, size_bytes, keep)
         if reading.reason is not None:
-            reading = await self._read(digest, size_bytes)
+            reading = await self._read(digest, size_bytes, keep)
         return reading
 
-    async def _read(self, digest: Digest, size_bytes: int) -> Reading:
+    async def _read(self, digest: Digest, size_bytes: int, keep: Keep | None) -> Reading:
         observed_size: int | None = None
         try:
             # The whole object, however long it is: an object with bytes appended begins with the right ones.
             observed_size = (await self._backend.head(digest)).size_bytes
-            observed = await self._observe(digest, observed_size)
+            observed = await self._observe(digest, observed_size, keep if observed_size == size_bytes else None)
         except ObjectMissing:
             return Reading(FailureReason.MISSING, None, None)
         except ObjectTruncated:
@@ -79,16 +85,22 @@ class ObjectReader:
             reason = FailureReason.DIGEST_MISMATCH
         return Reading(reason, observed, observed_size)
 
-    async def _observe(self, digest: Digest, size_bytes: int) -> Digest:
+    async def _observe(self, digest: Digest, size_bytes: int, keep: Keep | None) -> Digest:
         hasher = new_hasher(digest.algorithm)
+
+        def take(offset: int, piece: memoryview) -> None:
+            hasher.update(piece)
+            if keep is not None:
+                keep(offset, piece)
+
         async with self._buffer(size_bytes) as buffer:
             for offset in range(0, size_bytes, PIECE_BYTES):
                 length = min(PIECE_BYTES, size_bytes - offset)
                 piece = await self._backend.get(digest, offset=offset, length=length, into=buffer)
                 if length <= HASH_INLINE_BYTES:
-                    hasher.update(piece)
+                    take(offset, piece)
                 else:
-                    await trio.to_thread.run_sync(hasher.update, piece, limiter=self._hashing)
+                    await trio.to_thread.run_sync(take, offset, piece, limiter=self._hashing)
                 self._on_bytes(length)
         return Digest(digest.algorithm, hasher.digest())
 

@@ -11,6 +11,7 @@ import enum
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,24 +20,19 @@ import trio
 from castore.catalog.scrub import ALL_DIGESTS, DigestRange, LocationRow, ScrubReader
 from castore.catalog.writer import CatalogWriter, Transaction
 from castore.digest import Digest
-from castore.errors import CastoreError, CatalogBusy, StorageError
+from castore.errors import StorageError
 from castore.registry.locations import Finding, record_finding
 from castore.storage.spi import StorageBackend
+from castore.verify.batches import BATCH_LOCATIONS, commit_batches, transact
+from castore.verify.first_error import FirstError
 from castore.verify.reading import ObjectReader, Reading
 
 WORKERS: Final = 16
 """Objects of a backend read at a time: hides the latency of small ones, and is what a local backend reads at once."""
 PAGE_LOCATIONS: Final = 1000
 """Rows read from the catalog by one query: 20 ms."""
-BATCH_LOCATIONS: Final = 256
-"""Locations that share one transaction: its sync costs as much as some ten small reads. It holds the write lock for
-some 30 ms, which no publish notices."""
-BATCH_SECONDS: Final = 1.0
-"""How long a finding waits for others: bounds what a kill loses."""
 ERRORS_IN_A_ROW: Final = 8
 """Errors without a success in between after which a backend is given up. Each was tried several times below."""
-COMMIT_TRIES: Final = 6
-"""Each waits for another process's write lock, 30 s in all."""
 
 
 class Verdict(enum.StrEnum):
@@ -101,7 +97,7 @@ class Scrub:
         self._backends = backends
         self._within = within
         self._on_outcome = on_outcome
-        self._error: CastoreError | None = None
+        self._errors = FirstError()
 
     async def run(self) -> None:
         """Look at every location. When cancelled, what was found until then is committed first.
@@ -111,24 +107,14 @@ class Scrub:
         with contextlib.closing(CatalogWriter(self._catalog_path)) as writer:
             async with trio.open_nursery() as nursery:
                 results, findings = trio.open_memory_channel[Outcome](BATCH_LOCATIONS)
-                nursery.start_soon(self._guard, nursery.cancel_scope, self._count)
-                nursery.start_soon(self._guard, nursery.cancel_scope, self._commit_all, writer, findings)
+                guard = self._errors.guard
+                nursery.start_soon(guard, nursery.cancel_scope, self._count)
+                nursery.start_soon(guard, nursery.cancel_scope, commit_batches, findings, partial(self._commit, writer))
                 async with results:
                     async with trio.open_nursery() as backends:
                         for backend in self._backends.values():
-                            backends.start_soon(
-                                self._guard, nursery.cancel_scope, self._scrub_backend, backend, results
-                            )
-        if self._error is not None:
-            raise self._error
-
-    async def _guard(self, scope: trio.CancelScope, task: Callable[..., Any], *arguments: Any) -> None:
-        """Run a task; its error ends all others, and is raised by `run` alone instead of in a group."""
-        try:
-            await task(*arguments)
-        except CastoreError as exc:
-            self._error = self._error or exc
-            scope.cancel()
+                            backends.start_soon(guard, nursery.cancel_scope, self._scrub_backend, backend, results)
+        self._errors.check()
 
     async def _count(self) -> None:
         count = size_bytes = 0
@@ -163,10 +149,9 @@ class Scrub:
                         nursery.cancel_scope.cancel()
 
             for _ in range(WORKERS):
-                nursery.start_soon(self._guard, nursery.cancel_scope, work)
-            await self._guard(nursery.cancel_scope, self._send_rows, backend.backend_id, rows)
-        if self._error is not None:
-            raise self._error
+                nursery.start_soon(self._errors.guard, nursery.cancel_scope, work)
+            await self._errors.guard(nursery.cancel_scope, self._send_rows, backend.backend_id, rows)
+        self._errors.check()
         if health.status == "fail" and not looked_at:
             # There was nothing to read, and yet it must not look as if all were well.
             self.tally.stopped[backend.backend_id] = health.detail
@@ -187,38 +172,9 @@ class Scrub:
 
     # recording
 
-    async def _commit_all(self, writer: CatalogWriter, findings: trio.MemoryReceiveChannel[Outcome]) -> None:
-        batch: list[Outcome] = []
-        try:
-            async for outcome in findings:
-                batch.append(outcome)
-                with trio.move_on_after(BATCH_SECONDS):
-                    while len(batch) < BATCH_LOCATIONS:
-                        try:
-                            batch.append(await findings.receive())
-                        except trio.EndOfChannel:
-                            break
-                await self._commit(writer, batch)
-        except trio.Cancelled:
-            # What was found until now is kept.
-            with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
-                while True:
-                    batch.append(findings.receive_nowait())
-            with trio.CancelScope(shield=True):
-                await self._commit(writer, batch)
-            raise
-
     async def _commit(self, writer: CatalogWriter, batch: list[Outcome]) -> None:
         """Record a batch and empty it. Raises StateError with the batch as it was."""
-        if not batch:
-            return
-        for tries_left in reversed(range(COMMIT_TRIES)):
-            try:
-                events = await writer.run(lambda transaction: [_record(transaction, outcome) for outcome in batch])
-                break
-            except CatalogBusy:
-                if not tries_left:
-                    raise
+        events = await transact(writer, lambda transaction: [_record(transaction, outcome) for outcome in batch])
         recorded, batch[:] = list(zip(batch, events, strict=True)), []
         for outcome, event in recorded:
             told = _told(outcome, event)
@@ -243,18 +199,20 @@ def _record(transaction: Transaction, outcome: Outcome) -> dict[str, Any] | None
     row, reading = outcome.row, outcome.reading
     if reading is None:
         return None
-    return record_finding(
-        transaction,
-        Finding(
-            digest=row.digest,
-            backend_id=row.backend_id,
-            size_bytes=row.size_bytes,
-            reason=reading.reason,
-            observed_digest=reading.observed_digest,
-            duration_ms=outcome.duration_ms,
-            seen_status=row.status,
-            seen_stored_at_ns=row.stored_at_ns,
-        ),
+    return record_finding(transaction, finding_of(row, reading, outcome.duration_ms))
+
+
+def finding_of(row: LocationRow, reading: Reading, duration_ms: int) -> Finding:
+    """What a reading says of the location as it was in the catalog before."""
+    return Finding(
+        digest=row.digest,
+        backend_id=row.backend_id,
+        size_bytes=row.size_bytes,
+        reason=reading.reason,
+        observed_digest=reading.observed_digest,
+        duration_ms=duration_ms,
+        seen_status=row.status,
+        seen_stored_at_ns=row.stored_at_ns,
     )
 
 

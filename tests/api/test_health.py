@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import trio
@@ -13,13 +13,15 @@ import trio
 from castore.api.health import STAGING_NEARLY_FULL, VERIFY_WITHIN_DAYS, HealthDocument, QueueState
 from castore.api.probes import BackendProbes
 from castore.catalog.condition import ConditionReader
-from castore.catalog.records import FailureReason
+from castore.catalog.records import FailureReason, StoredProbe
 from castore.digest import Digest
-from castore.storage.spi import StorageBackend
+from castore.registry.probing import stored_probe
+from castore.storage.spi import Finding, ProbeReport, StorageBackend
 from tests.published import PublishedStore, numbered_files
 
 DAY_NS = 86_400 * 10**9
 Look = Callable[..., Awaitable[dict[str, Any]]]
+Enforced = Literal["yes", "no", "not supported", "unknown"]
 
 
 @pytest.fixture
@@ -256,8 +258,8 @@ async def test_its_questions_cost_the_same_for_any_number_of_blobs(store: Publis
             status,
         )
     store.execute(
-        "INSERT INTO packages SELECT blob_id, 'demo', 'v' || blob_id, 0, '', '', 0, 0, 0, 0, blob_id, '[\"first\"]' "
-        "FROM blobs WHERE blob_id > 20"
+        "INSERT INTO packages SELECT blob_id, 'demo', 'v' || blob_id, -blob_id, '', '', 0, 0, 0, 0, blob_id, "
+        "'[\"first\"]' FROM blobs WHERE blob_id > 20"
     )
     after = [steps(store.catalog_path, question) for question in questions]
     assert all(now <= then + 3 for now, then in zip(after, before, strict=True)), (before, after)
@@ -276,3 +278,51 @@ async def test_a_document_is_shared_for_a_moment(store: PublishedStore, nursery:
         for _ in range(20):
             askers.start_soon(make)
     assert all(document is made[0] for document in made)
+
+
+# what a probe found
+
+
+def probed(store: PublishedStore, backend_id: str, *enforced: Enforced) -> None:
+    """A probe of the backend ends, with one thing that castore relies on for each of `enforced`."""
+    found = (
+        Finding(f"thing-{n}", "a question", "so", "not so", given, "then this") for n, given in enumerate(enforced)
+    )
+    nice = Finding("nice", "a question", "so", "not so", "no", "")
+    probe = stored_probe(backend_id, ProbeReport("a server", (*found, nice)))
+    store.write(lambda transaction: transaction.set_probe(probe))
+
+
+async def test_a_probe_that_found_all_that_is_relied_on(store: PublishedStore, look: Look) -> None:
+    probed(store, "second", "yes", "yes")
+    document = await look()
+    assert (document["status"], not_passing(document)) == ("pass", {})
+    (check,) = document["checks"]["backend:probe"]  # the other was never probed
+    assert (check["componentId"], check["observedValue"], check["observedUnit"]) == ("second", 0, "missing")
+
+
+async def test_a_probe_that_found_something_missing(store: PublishedStore, look: Look) -> None:
+    probed(store, "first", "yes")
+    probed(store, "second", "yes", "no", "not supported", "unknown")
+    document = await look()
+    assert document["status"] == "warn"
+    ((status, output),) = not_passing(document).values()
+    assert status == "warn"
+    assert output.split(" | ") == [
+        "thing-1: a question: not so: then this",
+        "thing-2: a question: not so: then this",
+        "thing-3: a question: could not be asked: not so",
+    ]
+
+
+async def test_the_time_of_a_probe_is_its_own(store: PublishedStore, look: Look) -> None:
+    store.write(lambda transaction: transaction.set_probe(StoredProbe("first", 86_400 * 10**9, "", ())))
+    (check,) = (await look())["checks"]["backend:probe"]
+    assert check["time"] == "1970-01-02T00:00:00Z"
+
+
+async def test_a_probe_of_a_backend_that_is_gone(store: PublishedStore, look: Look) -> None:
+    probed(store, "third", "no")
+    document = await look()
+    assert document["status"] == "pass"
+    assert "backend:probe" not in document["checks"]

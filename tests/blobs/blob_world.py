@@ -152,9 +152,9 @@ class World:
         self._writer.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = 'blobs'", [blob.blob_id - 1])
 
     def reader(self, *, memory_bytes: int = MEMORY_BYTES) -> BlobReader:
-        return BlobReader(self.catalog, self.backends, memory_bytes=memory_bytes, on_bad_location=self._report)
+        return BlobReader(self.catalog, self.backends, memory_bytes=memory_bytes, on_bad_location=self.report)
 
-    async def _report(self, digest: Digest, backend_id: str, reason: FailureReason) -> None:
+    async def report(self, digest: Digest, backend_id: str, reason: FailureReason) -> None:
         self.reports.append((digest, backend_id, reason))
         await trio.lowlevel.checkpoint()
         if self.report_error is not None:

@@ -126,7 +126,7 @@ async def test_stalled_gets_evict_nothing(world: World, nursery: trio.Nursery, l
 
 
 async def test_nothing_is_kept_while_nobody_reads(
-    world: World, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+    world: World, nursery: trio.Nursery, mock_clock: trio.testing.MockClock
 ) -> None:
     reader = world.reader()
     await nursery.start(reader.run)
@@ -134,7 +134,10 @@ async def test_nothing_is_kept_while_nobody_reads(
     file = reader.open(await world.add(data, "first"))
     held = await file.read(0, BLOCK)
     assert reader.kept_bytes > 0
-    await trio.sleep(IDLE_SECONDS * 3)
+    for _ in range(3):
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(IDLE_SECONDS)
+    await trio.testing.wait_all_tasks_blocked()
     assert reader.kept_bytes == 0
     assert held == data[:BLOCK]
     assert await file.read(0, BLOCK) == data[:BLOCK]

@@ -107,9 +107,11 @@ def test_intents(catalog: Catalog) -> None:
     catalog.change(lambda transaction: transaction.add_intents(pairs, owner="dead"))
     catalog.change(lambda transaction: transaction.add_intents(pairs[:1], owner="alive"))
     catalog.change(lambda transaction: transaction.drop_intents(pairs[1:2]))
-    assert catalog.change(lambda transaction: transaction.drop_intents_of_others("alive")) == 1
+    assert catalog.change(lambda transaction: transaction.intents_of_others("alive")) == [(ONE.digest, "remote")]
+    catalog.change(lambda transaction: transaction.drop_intents_of_others(pairs, "alive"))
+    assert catalog.change(lambda transaction: transaction.intents_of_others("nobody")) == [(ONE.digest, "local")]
     catalog.change(lambda transaction: transaction.add_locations([(ONE, "local")]))
-    assert catalog.change(lambda transaction: transaction.drop_intents_of_others("nobody")) == 0
+    assert catalog.change(lambda transaction: transaction.intents_of_others("nobody")) == []
 
 
 def test_a_location_from_put_to_failure_and_back(catalog: Catalog) -> None:

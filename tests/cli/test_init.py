@@ -169,7 +169,7 @@ def test_the_template_shows_every_key_with_its_default(tmp_path: Path) -> None:
         for field in type(settings).__slots__:
             assert field.removesuffix("_seconds") in text
     for field in type(config.backends["remote"]).__slots__:
-        assert field == "backend_id" or f"# {field} = " in text
+        assert field == "backend_id" or f"# {field.removesuffix('_seconds')} = " in text
 
 
 def load(folder: Path, text: str) -> Config:

@@ -19,7 +19,16 @@ from tests.cli.conftest import WAIT_SECONDS, Cli, Serve
 
 COMMANDS: list[tuple[str, ...]] = [("init",), ("mount",), ("umount",), ("status",), ("package",)]
 COMMANDS += [("package", "list"), ("package", "show"), ("package", "publish")]
-COMMANDS += [("storage",), ("storage", "backends"), ("storage", "verify"), ("events",), ("serve",)]
+COMMANDS += [
+    ("storage",),
+    ("storage", "backends"),
+    ("storage", "verify"),
+    ("storage", "probe"),
+    ("storage", "replicate"),
+    ("storage", "retire"),
+    ("events",),
+    ("serve",),
+]
 
 
 def test_help_names_all_commands(cli: Cli) -> None:

@@ -283,7 +283,7 @@ def test_backends(cli: Cli, make: Make, place: Place) -> None:
     remove(store.config.backends["main"], digests[b"bin/tool"])
     cli("storage", "verify", code=1)
     lines = [line.split() for line in cli("storage", "backends").stdout.splitlines()]
-    assert lines[0] == ["BACKEND", "TYPE", "HEALTH", "OBJECTS", "FAILED", "SIZE", "DETAIL"]
+    assert lines[0] == ["BACKEND", "TYPE", "HEALTH", "OBJECTS", "FAILED", "SIZE", "PROBED", "DETAIL"]
     assert lines[1][:5] == ["main", place.backend_type, "pass", "4", "1"]
     assert lines[2][:5] == ["copy", place.backend_type, "pass", "4", "0"]
     with place.unreachable("copy"):

@@ -20,8 +20,9 @@ import pytest
 
 from castore.mountinfo import mount_at
 from tests.mount.store import WAIT_SECONDS, MountedStore, fails, wait_until
-from tests.places import BUCKET, S3Place
-from tests.servers.seaweedfs import ACCESS_KEY, SECRET_KEY, SeaweedFS
+from tests.places import S3Place
+from tests.servers.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY
+from tests.servers.seaweedfs import SeaweedFS
 
 CONFIG: Final = """\
 [store]

@@ -67,19 +67,25 @@ class Overheard(MountedStore):
     def hear_all(self) -> None:
         """Whatever can be asked."""
         for command in (
+            ("status",),
             ("status", "--json"),
             ("package", "list", "--json"),
+            ("package", "show", "demo/1"),
             ("storage", "backends"),
+            ("storage", "backends", "--json"),
+            ("storage", "probe", "--backend", "main"),
             ("storage", "verify"),
             ("storage", "verify", "--json"),
             ("events", "--json"),
             ("init",),
         ):
             self.run(*command)
-        for name in ("status.json", "health.json"):
-            self.hear(name, (self.mnt / ".castore" / name).read_text())
+        documents = sorted((self.mnt / ".castore").iterdir())
+        assert {"status.json", "health.json"} <= {document.name for document in documents}
+        for document in documents:
+            self.hear(document.name, document.read_text())
         url = self.status()["http_url"]
-        for path in ("health", "livez", "readyz", "v1/events", "nothing"):
+        for path in ("", "health", "livez", "readyz", "metrics", "v1/events", "nothing"):
             try:
                 with urllib.request.urlopen(f"{url}/{path}", timeout=WAIT_SECONDS) as answer:
                     self.hear(path, f"{answer.headers}{answer.read().decode()}")
@@ -97,7 +103,7 @@ class Overheard(MountedStore):
 @pytest.fixture
 def store(tmp_path: Path, s3_server: SeaweedFS) -> Iterator[Overheard]:
     (tmp_path / "secret").write_text(s3_server.secret_key)
-    environ = {**os.environ, "THE_ACCESS_KEY": s3_server.access_key}
+    environ = {**os.environ, "THE_ACCESS_KEY": s3_server.access_key, "PYTHONASYNCIODEBUG": "1"}
     made = Overheard(tmp_path, ByReference(tmp_path, s3_server.endpoint_url), environ)
     try:
         yield made
@@ -160,7 +166,7 @@ def test_no_key_is_seen_anywhere(store: Overheard, s3_server: SeaweedFS) -> None
 
     # It was said at debug level, and that keys are wrong; but which, nowhere.
     everything = "\n".join(store.heard.values())
-    assert " DEBUG " in store.log()
+    assert " DEBUG asyncio: " in store.log()
     assert "Traceback" in everything
     assert everything.count("answers 403") > 10
     assert store.log().count("answers 403") > 1

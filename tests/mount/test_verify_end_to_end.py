@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import socket
 import urllib.error
 import urllib.request
@@ -20,7 +21,7 @@ from tests.damage import DAMAGES, flip_a_bit, remove
 from tests.event_schemas import check_event
 from tests.mount.store import WAIT_SECONDS, MountedStore, fails, run_tool, wait_until
 from tests.mount.trees import make_tree, snapshot
-from tests.places import PLACES, Place
+from tests.places import EVERY_PLACE, PLACES, Place
 
 LOCATION_VERIFIED = "v1.storage.location_verified"
 everywhere = pytest.mark.parametrize("place", PLACES, indirect=True)
@@ -75,7 +76,7 @@ def events(store: MountedStore) -> list[dict[str, Any]]:
     return found
 
 
-@everywhere
+@pytest.mark.parametrize("place", EVERY_PLACE, indirect=True)
 def test_from_copying_in_to_mending(store: MountedStore, tmp_path: Path) -> None:
     # In, published, read back after a restart.
     source = tmp_path / "source"
@@ -85,6 +86,7 @@ def test_from_copying_in_to_mending(store: MountedStore, tmp_path: Path) -> None
     run_tool("cp", "-a", f"{source}/.", box)
     package = store.publish("tools/1.0")
     store.umount()
+    shutil.rmtree(store.root / "cache", ignore_errors=True)
     store.mount()
     expected = {path: item.content for path, item in snapshot(source).items()}
     assert {path: item.content for path, item in snapshot(package).items()} == expected

@@ -45,17 +45,30 @@ class Relay:
         with suppress(OSError):
             while True:
                 caller = listening.accept()[0]
-                server = socket.create_connection(("127.0.0.1", self._target_port))
                 with self._lock:
-                    is_cut = self._listening is not listening
-                    if not is_cut:
-                        self._open |= {caller, server}
-                if is_cut:
-                    _end(caller)
-                    _end(server)
-                    return
-                for source, sink in ((caller, server), (server, caller)):
-                    threading.Thread(target=self._pass_on, args=(source, sink), daemon=True).start()
+                    if self._listening is listening:
+                        self._open.add(caller)
+                        threading.Thread(target=self._carry, args=(caller,), daemon=True).start()
+                        continue
+                _end(caller)
+                return
+
+    def _carry(self, caller: socket.socket) -> None:
+        """Serve one connection, in a thread of its own."""
+        try:
+            server = socket.create_connection(("127.0.0.1", self._target_port))
+        except OSError:
+            _end(caller)
+            return
+        with self._lock:
+            is_cut = caller not in self._open
+            if not is_cut:
+                self._open.add(server)
+        if is_cut:
+            _end(server)
+            return
+        threading.Thread(target=self._pass_on, args=(server, caller), daemon=True).start()
+        self._pass_on(caller, server)
 
     def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):

@@ -60,6 +60,9 @@ class MemoryBackend:
         await self._begin("delete")
         self._objects.pop(digest, None)
 
+    async def abandon(self, digest: Digest) -> None:
+        await self._begin("abandon")
+
     @asynccontextmanager
     async def list(self, algorithm: str, *, prefix: str = "") -> AsyncIterator[AsyncIterator[ObjectInfo]]:
         async with aclosing(self._infos(algorithm, prefix)) as infos:

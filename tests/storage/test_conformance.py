@@ -10,6 +10,7 @@ import pytest
 from castore.config import LocalSettings
 from castore.digest import Digest
 from castore.storage.backends.local import LocalBackend
+from castore.storage.breaker import BreakerBackend
 from castore.storage.conformance import BackendConformance
 from castore.storage.deadline import DeadlineBackend
 from castore.storage.layout import key_of
@@ -21,6 +22,7 @@ from castore.storage.spi import StorageBackend
 from .memory_backend import MemoryBackend
 
 WRAPPERS: dict[str, Callable[[StorageBackend], StorageBackend]] = {
+    "breaker": BreakerBackend,
     "deadline": DeadlineBackend,
     "retry": RetryingBackend,
     "limit": lambda inner: LimitedBackend(inner, reads=4, writes=4),

@@ -83,6 +83,18 @@ async def test_each_step_of_a_listing_has_the_whole_time(autojump_clock: MockClo
         assert len([info async for info in objects]) == 5
 
 
+@pytest.mark.parametrize(
+    ("name", "seconds"), [("get", 4 + 2), ("head", 4), ("put", 10 + 3), ("delete", 10), ("list", 10)]
+)
+async def test_reads_have_less_time(autojump_clock: MockClock, name: str, seconds: float) -> None:
+    memory = MemoryBackend()
+    memory.before = taking(float("inf"))
+    start = trio.current_time()
+    with pytest.raises(StorageTimeout):
+        await CALLS[name][0](DeadlineBackend(memory, base_s=10, read_base_s=4, min_bytes_per_s=1000))
+    assert trio.current_time() - start == pytest.approx(seconds)
+
+
 async def test_what_the_backend_raises_is_raised(autojump_clock: MockClock) -> None:
     memory = MemoryBackend()
 

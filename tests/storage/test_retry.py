@@ -20,7 +20,7 @@ from castore.errors import (
     StorageTimeout,
     StorageUnavailable,
 )
-from castore.storage.retry import RetryingBackend
+from castore.storage.retry import RETRY_AFTER_MAX_S, RetryingBackend
 from castore.storage.source import BytesSource
 from castore.storage.spi import StorageBackend
 
@@ -118,11 +118,95 @@ async def test_waits_are_random_below_a_bound_that_doubles(memory: MemoryBackend
 
 async def test_a_wait_can_be_cancelled(memory: MemoryBackend, autojump_clock: MockClock) -> None:
     memory.before = failing(*[StorageUnavailable("for now")] * 9)
-    backend = RetryingBackend(memory, base_delay_s=1000, max_delay_s=1000, uniform=lambda low, high: high)
-    with trio.move_on_after(10) as scope:
-        await backend.head(DIGEST)
-    assert scope.cancelled_caught
+    start = trio.current_time()
+    backend = RetryingBackend(
+        memory, last_try_s=5000, base_delay_s=1000, max_delay_s=1000, uniform=lambda low, high: high
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(backend.head, DIGEST)
+        await trio.sleep(10)
+        nursery.cancel_scope.cancel()
+    assert trio.current_time() - start == 10
     assert memory.calls == ["head"]
+
+
+def longest(low: float, high: float) -> float:
+    return high
+
+
+def asking_for(seconds: float) -> StorageError:
+    """An error of a backend that wants to be left alone for a while."""
+    error = StorageUnavailable("slow down")
+    error.retry_after_s = seconds
+    return error
+
+
+@pytest.mark.parametrize(("asked_s", "heeded_s"), [(0, 0), (3, 3), (RETRY_AFTER_MAX_S + 1000, RETRY_AFTER_MAX_S)])
+async def test_a_backend_is_left_alone_for_as_long_as_it_asks_up_to_a_bound(
+    memory: MemoryBackend, autojump_clock: MockClock, asked_s: float, heeded_s: float
+) -> None:
+    memory.before = failing(asking_for(asked_s))
+    start = trio.current_time()
+    await RetryingBackend(memory, base_delay_s=0.5, uniform=longest).head(DIGEST)
+    assert memory.calls == ["head"] * 2
+    assert trio.current_time() - start == pytest.approx(heeded_s + 0.5)
+
+
+async def test_what_a_permanent_error_asks_for_is_not_waited_for(
+    memory: MemoryBackend, autojump_clock: MockClock
+) -> None:
+    denied = StorageDenied("no")
+    denied.retry_after_s = 5
+    memory.before = failing(denied)
+    start = trio.current_time()
+    with pytest.raises(StorageDenied):
+        await RetryingBackend(memory).head(DIGEST)
+    assert trio.current_time() == start
+
+
+async def test_a_try_after_the_deadline_of_the_caller_is_not_waited_for(
+    memory: MemoryBackend, autojump_clock: MockClock
+) -> None:
+    memory.before = failing(asking_for(5), asking_for(5))
+    start = trio.current_time()
+    with trio.move_on_after(9) as scope, pytest.raises(StorageUnavailable):
+        await RetryingBackend(memory, base_delay_s=0).head(DIGEST)
+    assert not scope.cancelled_caught
+    assert memory.calls == ["head"] * 2
+    assert trio.current_time() - start == 5
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_no_try_begins_long_after_the_first(memory: MemoryBackend, autojump_clock: MockClock, name: str) -> None:
+    async def hang(operation: str) -> None:
+        await trio.sleep(10)
+        raise StorageTimeout("no answer")
+
+    memory.before = hang
+    start = trio.current_time()
+    with pytest.raises(StorageTimeout):
+        await CALLS[name](RetryingBackend(memory, last_try_s=25))
+    assert memory.calls == [name] * 3
+    assert 30 <= trio.current_time() - start < 31
+
+
+async def test_a_listing_has_that_time_again_after_every_object(
+    memory: MemoryBackend, autojump_clock: MockClock
+) -> None:
+    digests = await put_some(memory)
+    steps = 0
+
+    async def hang(operation: str) -> None:
+        nonlocal steps
+        steps += 1
+        if steps in (1, 5):
+            await trio.sleep(20)
+            raise StorageTimeout("no answer")
+
+    memory.before = hang
+    start = trio.current_time()
+    assert await all_of(RetryingBackend(memory, last_try_s=25)) == digests
+    assert trio.current_time() - start > 25
 
 
 async def test_health_and_close_are_not_tried_again(memory: MemoryBackend) -> None:
@@ -184,6 +268,14 @@ async def test_what_a_listing_gave_before_it_failed_is_given(
     with pytest.raises(StorageDenied):
         await collect(RetryingBackend(memory), seen)
     assert seen == digests[:given]
+
+
+async def test_a_listing_fails_at_a_step_and_does_not_seem_to_end(memory: MemoryBackend) -> None:
+    await put_some(memory)
+    memory.before = failing(StorageDenied("for ever"))
+    async with RetryingBackend(memory).list("sha256") as objects:
+        with pytest.raises(StorageDenied):
+            await anext(objects)
 
 
 async def test_a_listing_that_goes_on_failing_fails(memory: MemoryBackend, autojump_clock: MockClock) -> None:

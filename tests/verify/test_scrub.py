@@ -17,7 +17,8 @@ from castore.digest import Digest
 from castore.errors import StateError, StorageDenied, StorageError, StorageUnavailable
 from castore.storage.spi import BackendHealth, StorageBackend
 from castore.storage.wrapping import Operation, Wrapping
-from castore.verify.scrub import BATCH_LOCATIONS, ERRORS_IN_A_ROW, WORKERS, Outcome, Scrub, Tally, Verdict
+from castore.verify.batches import BATCH_LOCATIONS
+from castore.verify.scrub import ERRORS_IN_A_ROW, WORKERS, Outcome, Scrub, Tally, Verdict
 from castore.verify.shard import Shard
 from tests.damage import DAMAGES, extend, flip_a_bit, remove, replace
 from tests.places import PLACES

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from castore.errors import StorageUnavailable
+from castore.failpoint import failpoint
 
 ROOT_MARK: Final = "CASTORE-OBJECTS.txt"
 """Proves that the folder is the one that was made for objects, and not the empty mountpoint of a missing disk."""
@@ -91,9 +92,11 @@ class DurableTree:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             fill(fd)
             os.fsync(fd)
+            failpoint("object.written")
             committed = commit()
             if committed:
                 os.rename(temporary, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+                failpoint("object.renamed")
             else:
                 os.unlink(temporary, dir_fd=folder_fd)
             return committed

@@ -21,12 +21,13 @@ import trio
 from castore.digest import Digest
 from castore.errors import ObjectMissing, ObjectTruncated, StorageError
 from castore.storage.backends.durable import DurableTree
+from castore.storage.backends.local_probe import probe_local
 from castore.storage.backends.oserrors import storage_errors
 from castore.storage.layout import digest_of, key_of
 from castore.storage.pages import Pages
 from castore.storage.receive import receiving_view
 from castore.storage.source import read_exactly
-from castore.storage.spi import BackendHealth, ObjectInfo, Source
+from castore.storage.spi import BackendHealth, ObjectInfo, ProbeReport, Source
 
 T = TypeVar("T")
 
@@ -184,6 +185,16 @@ class LocalBackend:
         folder, _, name = key_of(digest).rpartition("/")
         await self._in_thread(self._writers, f"delete {digest}", partial(self._tree.remove, folder, name))
 
+    async def abandon(self, digest: Digest) -> None:
+        # Whoever still writes to a temporary file holds its lock, but for the moment between making and locking it:
+        # then that put fails for now, and is tried again.
+        folder, _, _ = key_of(digest).rpartition("/")
+        await self._in_thread(self._readers, f"abandon {digest}", partial(self._abandon, folder))
+
+    def _abandon(self, folder: str) -> None:
+        self._tree.require_root()
+        self._tree.sweep(folder, grace_ns=0)
+
     @asynccontextmanager
     async def list(self, algorithm: str, *, prefix: str = "") -> AsyncIterator[AsyncIterator[ObjectInfo]]:
         objects = self._objects(algorithm, prefix)
@@ -216,10 +227,11 @@ class LocalBackend:
                     if _BYTE.fullmatch(second) and second.startswith(prefix[2:4]):
                         yield f"{algorithm}/{first}/{second}"
 
-    async def sweep(self, *, grace_s: float = SWEEP_GRACE_S) -> int:
+    async def sweep(self, *, grace_s: float = SWEEP_GRACE_S, is_wanted: Callable[[Digest], bool] | None = None) -> int:
         """Remove what puts of dead processes left behind and nobody changed for `grace_s` seconds; how many files.
 
-        Safe at any time, beside puts of this and of other processes.
+        Safe at any time, beside puts of this and of other processes. What is wanted makes no difference: no put goes
+        on from what another left.
         """
         counts = self._sweep(int(grace_s * 1e9))
         removed = 0
@@ -251,6 +263,9 @@ class LocalBackend:
         if space.f_files and space.f_favail < LOW_FREE_INODES:
             return BackendHealth("warn", f"{self.path} has room for only {space.f_favail} more files", free)
         return BackendHealth("pass", f"{self.path} has {free >> 30} GiB left", free)
+
+    async def probe(self) -> ProbeReport:
+        return await probe_local(self.backend_id, self.path)
 
     async def aclose(self) -> None:
         await trio.lowlevel.checkpoint()

@@ -6,10 +6,9 @@ Objects are `<key_prefix>/<key>`. The client library is aioboto3, loaded by the 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
-from datetime import datetime, timedelta
-from email.utils import parsedate_to_datetime
+from datetime import datetime
 from importlib.util import find_spec
 from typing import Any, Final
 
@@ -17,11 +16,13 @@ from castore.config_backends import S3Settings
 from castore.digest import Digest
 from castore.errors import ConfigError, ObjectMissing, StorageError
 from castore.storage.backends.s3_connection import S3Connection
+from castore.storage.backends.s3_probe import probe_s3
+from castore.storage.backends.s3_unfinished import UnfinishedUploads
 from castore.storage.backends.s3_upload import Uploads
 from castore.storage.layout import digest_of, key_of
 from castore.storage.pages import Pages
 from castore.storage.receive import receiving_view
-from castore.storage.spi import BackendHealth, ObjectInfo, Source
+from castore.storage.spi import BackendHealth, ObjectInfo, ProbeReport, Source
 
 READS: Final = 32
 """Reads at a time: they wait for the way there and back, not for this host."""
@@ -45,8 +46,6 @@ class S3Backend:
     """
 
     backend_type = "s3"
-    reads = READS
-    writes = WRITES
 
     def __init__(self, settings: S3Settings) -> None:
         if find_spec("aioboto3") is None:
@@ -56,9 +55,13 @@ class S3Backend:
             )
         self.backend_id = settings.backend_id
         self._settings = settings
+        # More would wait for a connection, and their deadlines not with them.
+        self.reads = min(READS, settings.max_connections)
+        self.writes = min(WRITES, settings.max_connections)
         self._prefix = f"{settings.key_prefix}/" if settings.key_prefix else ""
         self._connection = S3Connection(settings)
         self._uploads = Uploads(self._connection, settings)
+        self._unfinished = UnfinishedUploads(self._connection)
 
     async def create(self) -> bool:
         """Make the bucket; False when it is there. Raises StorageError."""
@@ -138,40 +141,20 @@ class S3Backend:
             return BackendHealth("fail", str(exc))
         return BackendHealth("pass", f"bucket {settings.bucket} at {settings.endpoint_url} answers")
 
-    async def sweep(self, *, grace_s: float = SWEEP_GRACE_S) -> int:
+    async def abandon(self, digest: Digest) -> None:
+        await self._uploads.abandon(digest, self._key(digest))
+
+    async def sweep(self, *, grace_s: float = SWEEP_GRACE_S, is_wanted: Callable[[Digest], bool] | None = None) -> int:
         """Abort uploads that nobody sent anything to for `grace_s` seconds, by the server's clock; how many.
 
         Safe at any time, beside puts of this and of other processes. Touches nothing but uploads to keys of this
-        layout.
+        layout, and of those none of a digest that is wanted, which may be put soon.
         """
-        aborted = 0
-        position: dict[str, Any] | None = {}
-        with self._connection.reading("sweep"):
-            while position is not None:
-                page = await self._connection.call("sweep", "list_multipart_uploads", Prefix=self._prefix, **position)
-                silent_since = _server_time(page) - timedelta(seconds=grace_s)
-                for upload in page.get("Uploads", ()):
-                    ours = digest_of(upload["Key"].removeprefix(self._prefix)) is not None
-                    if ours and upload["Initiated"] < silent_since:
-                        aborted += await self._abort_if_silent(upload["Key"], upload["UploadId"], silent_since)
-                position = None
-                if page["IsTruncated"]:
-                    position = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
-        return aborted
+        return await self._unfinished.sweep(self._prefix, grace_s=grace_s, is_wanted=is_wanted)
 
-    async def _abort_if_silent(self, key: str, upload_id: str, silent_since: datetime) -> bool:
-        names: dict[str, Any] = {"Key": key, "UploadId": upload_id}
-        position: dict[str, Any] | None = {}
-        try:
-            while position is not None:
-                page = await self._connection.call("sweep", "list_parts", **names, **position)
-                if any(part["LastModified"] >= silent_since for part in page.get("Parts", ())):
-                    return False
-                position = {"PartNumberMarker": page["NextPartNumberMarker"]} if page["IsTruncated"] else None
-            await self._connection.call("sweep", "abort_multipart_upload", **names)
-        except ObjectMissing:  # somebody else ended it meanwhile
-            return False
-        return True
+    async def probe(self) -> ProbeReport:
+        """What the server does and enforces, found out: see `castore.storage.spi.Probing`."""
+        return await probe_s3(self._connection, self._settings)
 
     async def aclose(self) -> None:
         await self._connection.aclose()
@@ -192,7 +175,3 @@ def _folders(prefix: str) -> str:
 def _whole_seconds(moment: datetime) -> int:
     """Nanoseconds since the epoch, without fractions: a listing gives them on some servers, an object never does."""
     return int(moment.timestamp()) * _NS_PER_S
-
-
-def _server_time(answer: Any) -> datetime:
-    return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])

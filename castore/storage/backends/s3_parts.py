@@ -20,6 +20,8 @@ from castore.storage.spi import Source
 
 MAX_PARTS: Final = 10_000
 """Parts that an upload may have at most (Amazon S3 user guide, "multipart upload limits")."""
+MAX_OBJECT_BYTES: Final = 5 << 40
+"""The largest object that every server takes (the same place)."""
 _PART_STEP_BYTES: Final = 1 << 20
 """Parts grow in steps of this."""
 
@@ -45,27 +47,49 @@ class Part:
 
 
 class Buffers:
-    """A bound on the parts in memory, and their memory, which is used again and again while any part is under way.
+    """A bound on the bytes in memory, and their memory, which is used again and again while any part is under way.
 
-    Fresh memory for each part would cost as much again: what threads free, the allocator keeps for these threads.
+    There are `count` shares of `share_bytes`. A part takes as many as it fills, and never more than there are: one that
+    is larger than all of them is alone. Fresh memory for each part would cost as much again: what threads free, the
+    allocator keeps for these threads.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, share_bytes: int) -> None:
+        self._count = count
+        self._share_bytes = share_bytes
         self._free = trio.Semaphore(count, max_value=count)
+        self._turn = trio.Lock()
         self._idle: list[io.BytesIO] = []
 
-    async def take(self) -> io.BytesIO:
-        """A stream for a part, of any length and content, as soon as there is one."""
-        await self._free.acquire()
-        return self._idle.pop() if self._idle else io.BytesIO()
+    async def take(self, size_bytes: int) -> io.BytesIO:
+        """A stream for a part of that size, of any length and content, as soon as there is room."""
+        taken = 0
+        async with self._turn:  # two that each hold some of what they need would wait for each other
+            try:
+                while taken < self._shares(size_bytes):
+                    await self._free.acquire()
+                    taken += 1
+            except BaseException:
+                self._release(taken)
+                raise
+        stream = self._idle.pop() if self._idle else io.BytesIO()
+        del self._idle[self._free.value :]
+        return stream
 
-    def give_back(self, stream: io.BytesIO | None) -> None:
+    def give_back(self, size_bytes: int, stream: io.BytesIO | None) -> None:
         """Nobody uses the stream that was taken any more. None: it is lost to a thread that may still write to it."""
-        self._free.release()
+        self._release(self._shares(size_bytes))
         if stream is not None:
             self._idle.append(stream)
-        if self._free.value == self._free.max_value:
+        if self._free.value == self._count:
             self._idle.clear()
+
+    def _shares(self, size_bytes: int) -> int:
+        return max(1, min(self._count, -(-size_bytes // self._share_bytes)))
+
+    def _release(self, shares: int) -> None:
+        for _ in range(shares):
+            self._free.release()
 
 
 class PartReader:

@@ -1,4 +1,4 @@
-"""One S3 server for all tests here, and backends on it, each in a key prefix of its own."""
+"""One S3 server for the tests here, or any other, and backends on it, each in a key prefix of its own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -15,19 +16,16 @@ from castore.config import S3Settings
 from castore.config_values import SecretRef
 from castore.storage.asyncio_thread import THREAD_NAME
 from castore.storage.backends.s3 import S3Backend
-from tests.servers.seaweedfs import ACCESS_KEY, SECRET_KEY, SeaweedFS
+from tests.servers.fault_proxy import FaultProxy
+from tests.servers.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server
+from tests.servers.seaweedfs import SeaweedFS
 
-BUCKET: Final = "castore-tests"
 MIB: Final = 1 << 20
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
-    with SeaweedFS(tmp_path_factory.mktemp("seaweedfs")) as server:
-        client = server.client()
-        client.create_bucket(Bucket=BUCKET)
-        client.close()
-        yield server
+def server(s3_server: SeaweedFS) -> SeaweedFS:
+    return s3_server
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +75,40 @@ def outside(server: SeaweedFS) -> Iterator[Any]:
     client.close()
 
 
+@pytest.fixture
+def proxy(server: SeaweedFS) -> Iterator[FaultProxy]:
+    """Before the server; it does no harm until it is told to."""
+    port = urlsplit(server.endpoint_url).port
+    assert port is not None
+    with FaultProxy(port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def through(settings: S3Settings, proxy: FaultProxy) -> S3Settings:
+    """The settings, by way of the proxy."""
+    return but(settings, endpoint_url=proxy.endpoint_url)
+
+
 def but(settings: S3Settings, **changes: Any) -> S3Settings:
     """The same settings but for these."""
     return replace(settings, **changes)
+
+
+def settings_on(server: S3Server, of_nobody: S3Settings, folder: Path) -> S3Settings:
+    """Of a backend on any server, without objects. Its secrets are files of `folder`."""
+    (folder / "access").write_text(server.access_key)
+    (folder / "secret").write_text(server.secret_key)
+    return but(
+        of_nobody,
+        endpoint_url=server.endpoint_url,
+        region=server.region,
+        bucket=server.bucket,
+        key_prefix=server.key_prefix + of_nobody.key_prefix,
+        access_key_ref=in_file(folder / "access", "access_key_ref"),
+        secret_key_ref=in_file(folder / "secret", "secret_key_ref"),
+        ca_bundle=server.ca_bundle,
+    )
 
 
 def in_file(path: Path, setting: str) -> SecretRef:

@@ -1,8 +1,9 @@
-"""The conformance suite on the S3 backend, bare and as configurations compose it, on a real server."""
+"""The conformance suite on the S3 backend: bare on one server, and as configurations compose it on every server."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -11,21 +12,26 @@ from castore.storage.backends.s3 import S3Backend
 from castore.storage.conformance import BackendConformance
 from castore.storage.open import open_backend
 from castore.storage.spi import StorageBackend
+from tests.servers.every import S3_SERVERS, EveryServer
 
-from .conftest import but
+from .conftest import but, settings_on
 
 
+@pytest.mark.parametrize("transfer", ["native", "aioboto3"])
 class TestS3Backend(BackendConformance):
     @pytest.fixture
-    async def backend(self, settings: S3Settings) -> AsyncIterator[StorageBackend]:
-        backend = S3Backend(settings)
+    async def backend(self, settings: S3Settings, transfer: str) -> AsyncIterator[StorageBackend]:
+        backend = S3Backend(but(settings, transfer=transfer))
         yield backend
         await backend.aclose()
 
 
+@pytest.mark.parametrize("name", S3_SERVERS, scope="session")
 class TestS3AsConfigured(BackendConformance):
     @pytest.fixture
-    async def backend(self, settings: S3Settings) -> AsyncIterator[StorageBackend]:
-        backend = open_backend(but(settings, key_prefix=settings.key_prefix.replace("/", "-")))
+    async def backend(
+        self, every_server: EveryServer, name: str, of_nobody: S3Settings, tmp_path: Path
+    ) -> AsyncIterator[StorageBackend]:
+        backend = open_backend(settings_on(every_server[name], of_nobody, tmp_path))
         yield backend
         await backend.aclose()

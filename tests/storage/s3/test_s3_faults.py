@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -26,6 +27,7 @@ from castore.storage.deadline import DeadlineBackend
 from castore.storage.open import create_backend, open_backend
 from castore.storage.source import BytesSource
 from castore.storage.spi import StorageBackend
+from tests.servers.fault_proxy import Answer, Exchange, FaultProxy
 from tests.servers.scripted_http import Request, answer, serving
 from tests.servers.seaweedfs import SeaweedFS
 
@@ -245,111 +247,44 @@ async def test_cancelling_ends_the_request(of_nobody: S3Settings) -> None:
             await left.wait()
 
 
-class PartsServer:
-    """Takes an upload in parts. Each part waits in `part` before it is answered."""
+async def test_parts_are_sent_at_once_up_to_a_bound(through: S3Settings, proxy: FaultProxy) -> None:
+    data = bytes((PARTS_IN_FLIGHT + 2) * 5 * MIB)
+    under_way = most = 0
+    full = threading.Event()
 
-    def __init__(self, part: Callable[[int], Awaitable[bytes]]) -> None:
-        self.begun: list[int] = []
-        self.events: list[str] = []
-        self._part = part
+    def count(exchange: Exchange) -> bool:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        if under_way == PARTS_IN_FLIGHT:
+            full.set()
+        full.wait(PATIENCE_S)
+        answer = exchange.ask()
+        under_way -= 1  # before the answer, after which the next part may come
+        exchange.answer(answer)
+        return True
 
-    async def handle(self, request: Request, stream: Stream) -> None:
-        number = int(request.query.get("partNumber", "0"))
-        if number:
-            self.begun.append(number)
-            reply = await self._part(number)
-        else:
-            self.events.append(request.method)
-            reply = (
-                answer()
-                if request.method != "POST"
-                else answer(
-                    200, b"<InitiateMultipartUploadResult><UploadId>an-id</UploadId></InitiateMultipartUploadResult>"
-                )
-            )
-        await stream.send_all(reply)
-
-
-async def test_parts_are_sent_at_once_up_to_a_bound(of_nobody: S3Settings) -> None:
-    count = PARTS_IN_FLIGHT + 2
-    data = bytes(count * 5 * MIB)
-    at_once = 0
-    most = 0
-    gate = trio.Event()
-
-    async def part(number: int) -> bytes:
-        nonlocal at_once, most
-        at_once += 1
-        most = max(most, at_once)
-        if at_once == PARTS_IN_FLIGHT:
-            await trio.testing.wait_all_tasks_blocked(0.1)  # time for more than the bound allows
-            gate.set()
-        with trio.fail_after(PATIENCE_S):
-            await gate.wait()
-        at_once -= 1
-        return answer(etag=f'"{number}"')
-
-    parts = PartsServer(part)
-    async with serving(parts.handle) as server, opened(but(of_nobody, endpoint_url=server.endpoint_url)) as backend:
-        with pytest.raises(StorageUnavailable, match="0 bytes arrived"):  # this server stores nothing
-            await backend.put(Digest.of(data), BytesSource(data))
+    proxy.break_with(count, method="PUT", query=["partNumber"])
+    async with opened(through) as backend:
+        await backend.put(Digest.of(data), BytesSource(data))
     assert most == PARTS_IN_FLIGHT
-    assert sorted(parts.begun) == list(range(1, count + 1))
-    assert parts.events == ["POST", "POST", "HEAD"]
+    assert len(proxy.met) == PARTS_IN_FLIGHT + 2
 
 
-async def test_a_part_that_fails_ends_the_others_and_the_upload(of_nobody: S3Settings) -> None:
+async def test_a_part_that_fails_ends_the_others(through: S3Settings, proxy: FaultProxy) -> None:
     data = bytes(20 * 5 * MIB)
 
-    async def part(number: int) -> bytes:
-        if number == 3:
-            return answer(503)
-        await trio.sleep_forever()
-        raise AssertionError
+    def third_fails(exchange: Exchange) -> None:
+        if exchange.request.query["partNumber"] == "3":
+            exchange.answer(Answer(503, {"content-length": "0"}, b""))
+        else:
+            exchange.hang()
 
-    parts = PartsServer(part)
-    async with serving(parts.handle) as server, opened(but(of_nobody, endpoint_url=server.endpoint_url)) as backend:
+    proxy.break_with(third_fails, method="PUT", query=["partNumber"])
+    async with opened(through) as backend:
         with trio.fail_after(PATIENCE_S), pytest.raises(StorageUnavailable, match="503"):
             await backend.put(Digest.of(data), BytesSource(data))
-    assert parts.events == ["POST", "DELETE"]
-    assert max(parts.begun) <= PARTS_IN_FLIGHT
-
-
-async def test_cancelling_an_upload_aborts_it(of_nobody: S3Settings) -> None:
-    waiting = trio.Event()
-
-    async def part(number: int) -> bytes:
-        waiting.set()
-        await trio.sleep_forever()
-        raise AssertionError
-
-    parts = PartsServer(part)
-    async with serving(parts.handle) as server, opened(but(of_nobody, endpoint_url=server.endpoint_url)) as backend:
-        with trio.fail_after(PATIENCE_S):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(backend.put, Digest.of(LARGE), BytesSource(LARGE))
-                await waiting.wait()
-                nursery.cancel_scope.cancel()
-    assert parts.events == ["POST", "DELETE"]
-
-
-async def test_a_complete_that_fails_with_status_200(of_nobody: S3Settings) -> None:
-    async def part(number: int) -> bytes:
-        return answer(etag=f'"{number}"')
-
-    parts = PartsServer(part)
-
-    async def handler(request: Request, stream: Stream) -> None:
-        if request.method == "POST" and "uploadId" in request.query:
-            parts.events.append("complete")
-            await stream.send_all(answer(200, b"<Error><Code>InternalError</Code><Message>no</Message></Error>"))
-        else:
-            await parts.handle(request, stream)
-
-    async with serving(handler) as server, opened(but(of_nobody, endpoint_url=server.endpoint_url)) as backend:
-        with pytest.raises(StorageUnavailable, match="InternalError"):
-            await backend.put(Digest.of(LARGE), BytesSource(LARGE))
-    assert parts.events == ["POST", "complete", "DELETE"]
+    assert len(proxy.met) <= PARTS_IN_FLIGHT
 
 
 async def test_a_server_that_hangs_for_a_moment_costs_a_put_nothing_but_time(

@@ -11,9 +11,10 @@ from typing import Final
 import pytest
 
 from castore.storage.backends.s3_upload import PARTS_IN_FLIGHT
+from tests.servers.s3_server import BUCKET, S3Server
 from tests.servers.seaweedfs import SeaweedFS
 
-from .conftest import BUCKET, MIB
+from .conftest import MIB
 
 ROOT: Final = Path(__file__).resolve().parents[3]
 
@@ -39,7 +40,7 @@ DIGEST = Digest.of(DATA)
 """
 
 
-def run(server: SeaweedFS, program: str, **environment: str) -> str:
+def run(server: S3Server, program: str, **environment: str) -> str:
     """What the program prints, on standard error too."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", PRELUDE + program],
@@ -73,10 +74,10 @@ async def attempt(backend, call):
         print("".join(traceback.TracebackException.from_exception(exc, capture_locals=True).format()))
 
 async def main():
-    wrong = SecretRef("env:WRONG", "a.key")
-    for changes in ({}, {"access_key_ref": wrong}, {"secret_key_ref": wrong}, {"bucket": "no-such-bucket"},
-                    {"endpoint_url": "http://127.0.0.1:9"}):
-        backend = open_backend(settings(**changes))
+    wrong, chain = SecretRef("env:WRONG", "a.key"), {"access_key_ref": None, "secret_key_ref": None}
+    for changes in ({}, {"access_key_ref": wrong}, {"secret_key_ref": wrong}, {"session_token_ref": wrong}, chain,
+                    {"bucket": "no-such-bucket"}, {"endpoint_url": "http://127.0.0.1:9"}):
+        backend = open_backend(settings(transfer=os.environ["TRANSFER"], **changes))
         print(repr(backend), vars(backend), settings(**changes))
         await attempt(backend, lambda: backend.put(DIGEST, BytesSource(DATA)))
         await attempt(backend, lambda: backend.put(DIGEST, BytesSource(bytes(17 << 20))))
@@ -89,13 +90,18 @@ trio.run(main)
 """
 
 
+@pytest.mark.parametrize("transfer", ["native", "aioboto3"])
 @pytest.mark.parametrize("client_logs_too", [False, True])
-def test_no_log_repr_or_traceback_shows_a_secret(server: SeaweedFS, client_logs_too: bool) -> None:
+def test_no_log_repr_or_traceback_shows_a_secret(server: SeaweedFS, client_logs_too: bool, transfer: str) -> None:
     """At debug level and with the local variables of tracebacks; and with the client library's own log turned on."""
     wrong = "wrong-but-secret-all-the-same"
     turn_on = "import castore.storage.backends.s3_client, logging\nlogging.getLogger('botocore').setLevel(1)\n"
-    output = run(server, (turn_on if client_logs_too else "") + USE_IT, WRONG=wrong)
+    environment = {"AWS_ACCESS_KEY_ID": wrong, "AWS_SECRET_ACCESS_KEY": wrong, "AWS_SESSION_TOKEN": wrong}
+    environment |= {"WRONG": wrong, "TRANSFER": transfer, "PYTHONASYNCIODEBUG": "1"}
+    output = run(server, (turn_on if client_logs_too else "") + USE_IT, **environment)
     assert "check access_key_ref = env:WRONG" in output
+    assert "session_token_ref = env:WRONG" in output
+    assert "check what the AWS credential chain gives" in output
     assert "Traceback" in output
     assert "asyncio DEBUG" in output
     assert ("botocore.auth DEBUG" in output) == client_logs_too

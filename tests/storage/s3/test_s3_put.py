@@ -124,7 +124,7 @@ async def test_a_source_that_fails_leaves_no_upload(
 
 
 @pytest.mark.parametrize("good_bytes", [0, PART, 2 * PART + 1])
-async def test_a_cancelled_put_leaves_no_upload(
+async def test_a_cancelled_put_leaves_its_upload_for_the_next(
     backend: S3Backend, settings: S3Settings, outside: Any, good_bytes: int
 ) -> None:
     digest, data = blob(3 * PART)
@@ -134,11 +134,14 @@ async def test_a_cancelled_put_leaves_no_upload(
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(backend.put, digest, source)
                 await trio.to_thread.run_sync(source.blocked.wait, abandon_on_cancel=True)
-                assert uploads(outside, settings) != []
+                [begun] = uploads(outside, settings)
                 nursery.cancel_scope.cancel()
-        assert uploads(outside, settings) == []
+        assert uploads(outside, settings) == [begun]
     finally:
         source.go_on.set()
+    await backend.put(digest, BytesSource(data))
+    assert uploads(outside, settings) == []
+    assert await backend.get(digest, offset=0, length=len(data)) == data
 
 
 async def test_sweep_aborts_what_is_abandoned_and_nothing_else(
@@ -150,6 +153,7 @@ async def test_sweep_aborts_what_is_abandoned_and_nothing_else(
         upload = outside.create_multipart_upload(Bucket=settings.bucket, Key=name)
         outside.upload_part(Bucket=settings.bucket, Key=name, UploadId=upload["UploadId"], PartNumber=1, Body=b"a part")
     assert await sweep_backend(settings) == 0
+    assert await backend.sweep(grace_s=-60, is_wanted=lambda wanted: wanted == digest) == 0
     assert uploads(outside, settings).count(ours) == 2
     assert await backend.sweep(grace_s=-60) == 2
     assert await backend.sweep(grace_s=-60) == 0

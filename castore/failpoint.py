@@ -1,0 +1,51 @@
+"""Named moments at which a process kills itself when a test asks for it. Does nothing else, and nothing without that.
+
+`CASTORE_FAILPOINT=NAME` or `NAME:N` in the environment of a process: it dies by SIGKILL when it comes to that point for
+the N-th time, by default the first. So the crash tests meet every step between creating a file and the answer to a
+publish, and not only those that a kill from outside is likely to meet.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Final
+
+VARIABLE: Final = "CASTORE_FAILPOINT"
+
+POINTS: Final = {
+    "file.created": "a name and an empty file are there, the kernel is not answered",
+    "file.written": "bytes are in the staged file",
+    "file.closing": "size and digest are known, the workspace does not have them",
+    "file.staged": "the workspace has them",
+    "put.picked": "a file is to be put, no intent is committed",
+    "put.intended": "the intents are committed, nothing is sent",
+    "object.written": "a local object is on disk under its temporary name",
+    "object.renamed": "it has its own name, its folder is not synced",
+    "put.stored": "the backend has acknowledged, the catalog does not know",
+    "put.located": "the location is committed, the workspace says that the file is not stored",
+    "put.settled": "the workspace says that it is",
+    "publish.frozen": "the version cannot be changed any more",
+    "publish.drafted": "its manifest lies in staging",
+    "publish.noted": "the workspace knows that it is being published",
+    "publish.intended": "the intent of the manifest is committed",
+    "publish.put": "every backend of the route has the manifest",
+    "publish.committed": "the package is in the catalog",
+    "publish.unlinked": "the version is gone from ingest/",
+    "publish.forgetting": "some of its staged bytes are gone",
+    "publish.forgotten": "the workspace knows nothing of it any more, the kernel is not answered",
+}
+"""Every point, in the order in which a small package meets them, and what is so at that moment."""
+
+_name, _, _number = os.environ.get(VARIABLE, "").partition(":")
+_left = int(_number) if _number.isdecimal() else 1
+
+
+def failpoint(name: str) -> None:
+    """Die here if that was asked for."""
+    global _left
+    if name != _name:
+        return
+    _left -= 1
+    if not _left:
+        os.kill(os.getpid(), signal.SIGKILL)

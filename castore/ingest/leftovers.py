@@ -1,0 +1,99 @@
+"""What unfinished puts left in backends, and nobody goes on from: known by their intents, removed. Puts nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
+
+import trio
+
+from castore.catalog.workspace import WorkspaceStore
+from castore.catalog.writer import CatalogWriter
+from castore.digest import Digest
+from castore.errors import ConfigError, NotFound, StateError, StorageError
+from castore.registry.routing import Route
+from castore.storage.spi import StorageBackend
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS: Final = 60.0
+"""Between tries while a backend cannot be asked: as the uploader, which waits for the same backend."""
+
+
+class Leftovers:
+    """For one daemon, which holds the state directory's lock. `route` tells where the files of a version go."""
+
+    def __init__(
+        self,
+        store: WorkspaceStore,
+        *,
+        writer: CatalogWriter,
+        backends: Mapping[str, StorageBackend],
+        route: Callable[[int], Awaitable[Route]],
+        owner: str,
+    ) -> None:
+        self._store = store
+        self._writer = writer
+        self._backends = backends
+        self._route = route
+        self._owner = owner
+
+    def is_wanted(self, digest: Digest) -> bool:
+        """Whether staged files with these bytes wait to be stored somewhere."""
+        return bool(self._store.versions_wanting(digest))
+
+    async def remove(self, digest: Digest, backend_id: str) -> bool:
+        """Whether nothing unfinished of the digest is left there now. Logs why not."""
+        backend = self._backends.get(backend_id)
+        if backend is None:
+            return True  # not configured any more: nobody here can do anything about it
+        try:
+            await backend.abandon(digest)
+        except StorageError as exc:
+            log.warning("what an unfinished put left stays for now: %s", exc)
+            return False
+        return True
+
+    async def remove_of_the_dead(self) -> None:
+        """Remove what puts of earlier daemons left, but where a staged file is put again and goes on from it.
+
+        Returns when nothing of that kind is left; tries again while a backend cannot be asked.
+        """
+        while True:
+            if await self._try():
+                return
+            await trio.sleep(RETRY_SECONDS)
+
+    async def _try(self) -> bool:
+        try:
+            begun = await self._writer.run(lambda transaction: transaction.intents_of_others(self._owner))
+            all_done = True
+            for digest, backend_id in begun:
+                # One that is wanted becomes an intent of this daemon when it is put again.
+                if not await self._is_wanted_there(digest, backend_id):
+                    all_done &= await self._forget(digest, backend_id)
+        except StateError as exc:
+            log.warning("puts of an earlier daemon are not cleared away yet: %s", exc)
+            return False
+        return all_done
+
+    async def _forget(self, digest: Digest, backend_id: str) -> bool:
+        if not await self.remove(digest, backend_id):
+            return False
+        pairs = [(digest, backend_id)]
+        await self._writer.run(lambda transaction: transaction.drop_intents_of_others(pairs, self._owner))
+        log.info("a put of %s in backend %s that an earlier daemon began is abandoned", digest, backend_id)
+        return True
+
+    async def _is_wanted_there(self, digest: Digest, backend_id: str) -> bool:
+        for version_inode in self._store.versions_wanting(digest):
+            try:
+                route = await self._route(version_inode)
+            except NotFound:
+                continue
+            except ConfigError:
+                return True
+            if backend_id in route.backend_ids:
+                return True
+        return False

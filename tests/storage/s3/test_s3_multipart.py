@@ -1,0 +1,611 @@
+"""Puts in parts on real servers: their sizes, and what becomes of one that breaks off in the middle."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import trio
+
+from castore.config import S3Settings
+from castore.digest import Digest
+from castore.errors import StorageDenied, StorageError, StorageRejected, StorageUnavailable
+from castore.storage.backends.s3 import S3Backend
+from castore.storage.backends.s3_parts import MAX_OBJECT_BYTES, MAX_PARTS, Buffers, part_sizes
+from castore.storage.conformance_sources import PATIENCE_S, BlockingSource, ScriptedSource
+from castore.storage.layout import key_of
+from castore.storage.open import open_backend
+from castore.storage.source import BytesSource
+from castore.storage.spi import StorageBackend
+from tests.bench import peak_memory
+from tests.mount.store import wait_until
+from tests.servers.every import S3_SERVERS, EveryServer
+from tests.servers.s3_server import S3Server
+from tests.servers.scripted_http import Request, ScriptedHTTP, answer, serving
+from tests.servers.tampering import Answered, Forward, tampering
+
+from .conftest import MIB, but, settings_on
+
+PART: Final = 5 * MIB
+GIB: Final = 1 << 30
+TIB: Final = 1 << 40
+
+PLAIN_HTTP: Final = [name for name in S3_SERVERS if name not in ("rgw-https", "endpoint")]
+Interfere = Callable[[Request, Forward], Awaitable[Answered | None]]
+"""The answer to a request, or None for that of the server, which may have been asked already."""
+
+every_server_here = pytest.mark.parametrize("name", PLAIN_HTTP, scope="session")
+
+
+def blob(size: int, seed: int = 0) -> tuple[Digest, bytes]:
+    data = random.Random(f"{size} {seed}").randbytes(size)
+    return Digest.of(data), data
+
+
+# sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "part", "count"),
+    [
+        (1, 16 * MIB, 1),
+        (16 * MIB, 16 * MIB, 1),
+        (16 * MIB + 1, 16 * MIB, 2),
+        (10_000 * 16 * MIB, 16 * MIB, 10_000),
+        (10_000 * 16 * MIB + 1, 17 * MIB, 9_412),
+        (160 * GIB, 17 * MIB, 9_638),
+        (TIB, 105 * MIB, 9_987),
+        (5 * TIB - 1, 525 * MIB, 9_987),
+        (5 * TIB, 525 * MIB, 9_987),
+    ],
+)
+def test_the_parts_of_an_object(size: int, part: int, count: int) -> None:
+    sizes = list(part_sizes(size, 16 * MIB))
+    assert (max(sizes), len(sizes)) == (min(part, size), count)
+    assert len(sizes) <= MAX_PARTS
+    assert sum(sizes) == size
+    assert set(sizes[:-1]) <= {part}
+
+
+async def test_an_object_that_no_server_takes_is_refused_at_once(of_nobody: S3Settings) -> None:
+    def never() -> Any:
+        raise AssertionError("nothing is read")
+
+    digest, _ = blob(1)
+    backend = S3Backend(of_nobody)
+    with pytest.raises(StorageRejected, match=rf"^backend remote: put {digest}: {5 * TIB + 1} bytes, .*5 TiB.*split"):
+        await backend.put(digest, ScriptedSource(MAX_OBJECT_BYTES + 1, never))
+    await backend.aclose()
+
+
+@pytest.mark.parametrize(
+    ("threshold", "size", "parts"),
+    [
+        (7 * MIB, 0, 0),
+        (7 * MIB, 1, 0),
+        (7 * MIB, PART + 1, 0),
+        (7 * MIB, 7 * MIB - 1, 0),
+        (7 * MIB, 7 * MIB, 0),
+        (7 * MIB, 7 * MIB + 1, 2),
+        (7 * MIB, 2 * PART, 2),
+        (1, 1, 0),
+        (1, 2, 1),
+        (1, PART, 1),
+        (1, PART + 1, 2),
+        (1, 3 * PART, 3),
+    ],
+)
+@every_server_here
+async def test_sizes_at_every_edge(world: World, threshold: int, size: int, parts: int) -> None:
+    digest, data = blob(size)
+    async with world.backend(multipart_threshold_bytes=threshold) as (backend, requests):
+        await backend.put(digest, BytesSource(data))
+        assert sorted(parts_sent(requests)) == list(range(1, parts + 1))
+        await world.expect_stored(digest, data)
+
+
+async def test_parts_in_memory_share_their_bound() -> None:
+    buffers = Buffers(4, 10)
+    held = [await buffers.take(size) for size in (0, 10, 11)]
+    with trio.move_on_after(0) as scope:
+        await buffers.take(1)
+    assert scope.cancelled_caught, "they fill all four shares"
+    buffers.give_back(11, held.pop())
+    with trio.move_on_after(0) as scope:
+        await buffers.take(1000)
+    assert scope.cancelled_caught, "one that needs all of them waits for all"
+    held.append(await buffers.take(11))
+    for size, stream in zip((0, 10, 11), held, strict=True):
+        buffers.give_back(size, stream)
+    buffers.give_back(1000, await buffers.take(1000))
+    held = [await buffers.take(10) for _ in range(4)]
+
+
+@pytest.mark.parametrize("transfer", peak_memory.TRANSFERS)
+def test_the_most_memory_that_an_object_takes(server: S3Server, transfer: str) -> None:
+    """The short form of scripts/bench-memory: an object that would not fit, put and got."""
+    figures = peak_memory.measure(server, 256, transfer)
+    assert figures.put_bytes < figures.get_bytes + 1 < peak_memory.LIMIT_BYTES
+    assert figures.put_bytes > figures.idle_bytes + 32 * MIB, "what is measured is what transfers take"
+
+
+# what breaks off is taken up
+
+
+class World:
+    """A server, and backends on it that reach it through a server of the test."""
+
+    def __init__(self, server: S3Server, settings: S3Settings, outside: Any) -> None:
+        self.server = server
+        self.settings = settings
+        self.outside = outside
+
+    @asynccontextmanager
+    async def backend(
+        self, interfere: Interfere | None = None, *, composed: bool = False, **changes: Any
+    ) -> AsyncIterator[tuple[StorageBackend, ScriptedHTTP]]:
+        """A backend, bare or as configurations compose it, and what it asked so far."""
+
+        async def tamper(request: Request, forward: Forward) -> Answered:
+            answered = await interfere(request, forward) if interfere else None
+            return answered or await forward(request)
+
+        async with tampering(self.server.endpoint_url, tamper) as proxy:
+            settings = but(self.settings, endpoint_url=proxy.endpoint_url, **changes)
+            backend: StorageBackend = open_backend(settings) if composed else S3Backend(settings)
+            try:
+                yield backend, proxy
+            finally:
+                await backend.aclose()
+
+    def key(self, digest: Digest) -> str:
+        return f"{self.settings.key_prefix}/{key_of(digest)}"
+
+    def begin(self, digest: Digest, parts: Sequence[tuple[int, bytes]] = ()) -> str:
+        """An upload by somebody else; its id."""
+        where = {"Bucket": self.settings.bucket, "Key": self.key(digest)}
+        upload_id: str = self.outside.create_multipart_upload(**where)["UploadId"]
+        for number, data in parts:
+            self.outside.upload_part(**where, UploadId=upload_id, PartNumber=number, Body=data)
+        return upload_id
+
+    def abort(self, digest: Digest) -> None:
+        for upload_id in self.uploads(digest):
+            self.outside.abort_multipart_upload(Bucket=self.settings.bucket, Key=self.key(digest), UploadId=upload_id)
+
+    def uploads(self, digest: Digest) -> list[str]:
+        """Ids of what is begun and not ended."""
+        # By the whole key: MinIO's listing, and JuiceFS's, answers nothing else.
+        page = self.outside.list_multipart_uploads(Bucket=self.settings.bucket, Prefix=self.key(digest))
+        return [upload["UploadId"] for upload in page.get("Uploads", ())]
+
+    def parts(self, digest: Digest) -> list[int]:
+        """Numbers of the parts that the server holds of its only upload."""
+        [upload_id] = self.uploads(digest)
+        page = self.outside.list_parts(Bucket=self.settings.bucket, Key=self.key(digest), UploadId=upload_id)
+        return [part["PartNumber"] for part in page.get("Parts", ())]
+
+    async def until_it_has(self, digest: Digest, part_count: int) -> None:
+        def look() -> None:
+            wait_until(lambda: self.parts(digest) == list(range(1, part_count + 1)), f"{part_count} parts are there")
+
+        await trio.to_thread.run_sync(look, abandon_on_cancel=True)
+
+    async def expect_stored(self, digest: Digest, data: bytes) -> None:
+        """The object is there, and no upload is."""
+        async with self.backend() as (backend, _):
+            info = await backend.head(digest)
+            assert info.size_bytes == len(data)
+            assert await backend.get(digest, offset=0, length=len(data)) == data
+        assert self.uploads(digest) == []
+
+
+@pytest.fixture
+def world(every_server: EveryServer, name: str, of_nobody: S3Settings, tmp_path: Path) -> Iterator[World]:
+    server = every_server[name]
+    client = server.client()
+    yield World(server, settings_on(server, of_nobody, tmp_path), client)
+    client.close()
+
+
+def parts_sent(server: ScriptedHTTP) -> list[int]:
+    """The numbers of all parts that were sent, in that order."""
+    return [int(each.query["partNumber"]) for each in server.requests if each.method == "PUT" and is_part(each)]
+
+
+def is_part(request: Request, number: int | None = None) -> bool:
+    return request.method == "PUT" and request.query.get("partNumber", "") == str(
+        number or request.query.get("partNumber")
+    )
+
+
+def is_complete(request: Request) -> bool:
+    return request.method == "POST" and "uploadId" in request.query
+
+
+def refuse(status: int, code: str, is_meant: Callable[[Request], bool], times: int = 1000) -> Interfere:
+    """Answers the first few requests of a kind with an error, and does not hand them on."""
+    left = times
+
+    async def interfere(request: Request, forward: Forward) -> Answered | None:
+        nonlocal left
+        if not is_meant(request) or not left:
+            return None
+        left -= 1
+        return Answered(status, body=f"<Error><Code>{code}</Code></Error>".encode())
+
+    return interfere
+
+
+async def break_off(world: World, digest: Digest, data: bytes, good_parts: int, **changes: Any) -> None:
+    """Put, and cancel when the server holds so many parts."""
+    source = BlockingSource(data, good_parts * PART)
+    try:
+        async with world.backend(**changes) as (backend, _):
+            with trio.fail_after(PATIENCE_S):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(backend.put, digest, source)
+                    await trio.to_thread.run_sync(source.blocked.wait, abandon_on_cancel=True)
+                    await world.until_it_has(digest, good_parts)
+                    nursery.cancel_scope.cancel()
+    finally:
+        source.go_on.set()
+    assert world.parts(digest) == list(range(1, good_parts + 1))
+
+
+@every_server_here
+async def test_the_next_put_goes_on_from_the_parts_that_are_there(world: World) -> None:
+    digest, data = blob(4 * PART + 1)
+    await break_off(world, digest, data, 2)
+    async with world.backend() as (another_process, requests):
+        await another_process.put(digest, BytesSource(data))
+        assert sorted(parts_sent(requests)) == [3, 4, 5]
+    await world.expect_stored(digest, data)
+
+
+@every_server_here
+async def test_parts_that_were_sent_are_not_sent_again_by_the_next_try(world: World) -> None:
+    digest, data = blob(4 * PART)
+    third_fails = refuse(503, "SlowDown", lambda request: is_part(request, 3), times=2)
+    async with world.backend(third_fails, composed=True) as (backend, requests):
+        await backend.put(digest, BytesSource(data))
+        sent = parts_sent(requests)
+    assert [sent.count(number) for number in (1, 2, 3)] == [1, 1, 3]
+    await world.expect_stored(digest, data)
+
+
+@every_server_here
+async def test_a_put_that_cannot_succeed_leaves_no_upload(world: World) -> None:
+    digest, data = blob(3 * PART)
+    async with world.backend(refuse(403, "AccessDenied", lambda request: is_part(request, 2))) as (backend, _):
+        with pytest.raises(StorageDenied):
+            await backend.put(digest, BytesSource(data))
+    assert world.uploads(digest) == []
+
+
+@every_server_here
+async def test_abandon_removes_what_is_left_of_that_digest(world: World) -> None:
+    digest, data = blob(3 * PART)
+    other, other_data = blob(3 * PART, seed=1)
+    await break_off(world, digest, data, 1)
+    await break_off(world, other, other_data, 1)
+    world.begin(digest)
+    async with world.backend(composed=True) as (backend, _):
+        for _ in range(2):
+            await backend.abandon(digest)
+            assert world.uploads(digest) == []
+        assert world.parts(other) == [1]
+        await backend.put(other, BytesSource(other_data))
+        await backend.abandon(other)
+    await world.expect_stored(other, other_data)
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        lambda data: [(1, data[: PART + MIB])],
+        lambda data: [(4, data[:PART])],
+        lambda data: [],
+    ],
+    ids=["parts of another size", "more parts", "nothing"],
+)
+@every_server_here
+async def test_uploads_of_other_parts_go_when_the_object_is_stored(
+    world: World, leave: Callable[[bytes], Sequence[tuple[int, bytes]]]
+) -> None:
+    digest, data = blob(2 * PART + 1)
+    world.begin(digest)
+    world.begin(digest, leave(data))
+    async with world.backend() as (backend, requests):
+        await backend.put(digest, BytesSource(data))
+        assert sorted(parts_sent(requests)) == [1, 2, 3]
+    await world.expect_stored(digest, data)
+
+
+@every_server_here
+async def test_a_part_of_other_bytes_is_never_made_use_of(world: World) -> None:
+    digest, data = blob(2 * PART + 1)
+    _, wrong = blob(PART, seed=1)
+    world.begin(digest, [(1, data[:PART]), (2, wrong)])
+    async with world.backend() as (backend, _):
+        with pytest.raises(StorageUnavailable, match="holds other bytes as part 2; the next one begins anew"):
+            await backend.put(digest, BytesSource(data))
+        assert world.uploads(digest) == []
+    world.begin(digest, [(1, wrong)])
+    async with world.backend(composed=True) as (backend, requests):
+        await backend.put(digest, BytesSource(data))
+        assert sorted(parts_sent(requests)) == [1, 2, 3]
+    await world.expect_stored(digest, data)
+
+
+# others do something to the same upload
+
+
+@every_server_here
+async def test_an_upload_that_somebody_else_completes(world: World) -> None:
+    digest, data = blob(3 * PART)
+    source = BlockingSource(data, PART)
+    with trio.fail_after(PATIENCE_S):
+        async with world.backend() as (slow, slow_requests), world.backend() as (quick, quick_requests):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(slow.put, digest, source)
+                await trio.to_thread.run_sync(source.blocked.wait, abandon_on_cancel=True)
+                await world.until_it_has(digest, 1)
+                await quick.put(digest, BytesSource(data))
+                assert sorted(parts_sent(quick_requests)) == [2, 3]
+                source.go_on.set()
+            assert len(slow_requests.requests) < 10, "it does not put again what is there"
+    await world.expect_stored(digest, data)
+
+
+@pytest.mark.parametrize("when", ["part", "complete"])
+@every_server_here
+async def test_an_upload_that_somebody_else_aborts(world: World, when: str) -> None:
+    digest, data = blob(3 * PART)
+    aborted = False
+
+    async def interfere(request: Request, forward: Forward) -> Answered | None:
+        nonlocal aborted
+        if not aborted and (is_part(request, 3) if when == "part" else is_complete(request)):
+            aborted = True
+            await trio.to_thread.run_sync(world.abort, digest)
+        return None
+
+    async with world.backend(interfere) as (backend, _):
+        with pytest.raises(StorageUnavailable):
+            await backend.put(digest, BytesSource(data))
+    aborted = False
+    async with world.backend(interfere, composed=True) as (backend, _):
+        await backend.put(digest, BytesSource(data))
+    assert aborted
+    await world.expect_stored(digest, data)
+
+
+@every_server_here
+async def test_many_puts_of_one_object_in_two_processes(world: World) -> None:
+    digest, data = blob(2 * PART + 1)
+    async with world.backend(composed=True) as (one, _), world.backend(composed=True) as (other, _):
+        async with trio.open_nursery() as nursery:
+            for backend in (one, other, one, other):
+                nursery.start_soon(backend.put, digest, BytesSource(data))
+        for backend in (one, other):
+            await backend.abandon(digest)
+    await world.expect_stored(digest, data)
+
+
+# Complete
+
+ANSWERS_TO_COMPLETE: Final = {
+    "500": Answered(500, body=b"<Error><Code>InternalError</Code></Error>"),
+    "404 NoSuchUpload": Answered(404, body=b"<Error><Code>NoSuchUpload</Code></Error>"),
+    "200 with an error": Answered(200, body=b"<?xml version='1.0'?>\n<Error><Code>InternalError</Code></Error>"),
+    "200 without a body": Answered(200),
+    "200 that breaks off": Answered(200, (("content-length", "1000"),), b"<CompleteMulti"),
+    "200 with an empty ETag": Answered(
+        200, body=b"<CompleteMultipartUploadResult><ETag></ETag></CompleteMultipartUploadResult>"
+    ),
+    "no answer": None,
+}
+
+
+def say(lie: str) -> Answered:
+    answered = ANSWERS_TO_COMPLETE[lie]
+    if answered is None:
+        raise EOFError  # the connection ends
+    return answered
+
+
+@pytest.mark.parametrize("lie", ANSWERS_TO_COMPLETE)
+@every_server_here
+async def test_a_complete_that_was_done_whatever_its_answer(world: World, lie: str) -> None:
+    digest, data = blob(2 * PART)
+
+    async def interfere(request: Request, forward: Forward) -> Answered | None:
+        if not is_complete(request):
+            return None
+        await forward(request)
+        return say(lie)
+
+    async with world.backend(interfere) as (backend, requests):
+        await backend.put(digest, BytesSource(data))
+        assert [is_complete(request) for request in requests.requests].count(True) == 1
+    await world.expect_stored(digest, data)
+
+
+@pytest.mark.parametrize("lie", ANSWERS_TO_COMPLETE)
+@every_server_here
+async def test_a_complete_that_was_not_done_whatever_its_answer(world: World, lie: str) -> None:
+    """Nor are the parts sent again: the next put completes what is there."""
+    digest, data = blob(2 * PART)
+
+    async def interfere(request: Request, forward: Forward) -> Answered | None:
+        return say(lie) if is_complete(request) else None
+
+    async with world.backend(interfere) as (backend, _):
+        with pytest.raises(StorageUnavailable):
+            await backend.put(digest, BytesSource(data))
+    async with world.backend() as (backend, requests):
+        await backend.put(digest, BytesSource(data))
+        assert parts_sent(requests) == []
+    await world.expect_stored(digest, data)
+
+
+@every_server_here
+async def test_an_upload_whose_parts_are_refused_is_not_taken_up_again(world: World) -> None:
+    digest, data = blob(2 * PART)
+    async with world.backend(refuse(400, "InvalidPart", is_complete)) as (backend, _):
+        with pytest.raises(StorageUnavailable, match="InvalidPart"):
+            await backend.put(digest, BytesSource(data))
+    assert world.uploads(digest) == []
+
+
+# what depends on settings and rights
+
+
+@pytest.mark.parametrize("name", ["seaweedfs"], scope="session")
+async def test_credentials_that_may_not_list_uploads(world: World) -> None:
+    """Then nothing can be taken up, so nothing is left either, where that can be helped."""
+    digest, data = blob(3 * PART)
+
+    def listing(request: Request) -> bool:
+        return request.method == "GET" and "uploads" in request.query
+
+    no_listing = refuse(403, "AccessDenied", listing)
+
+    async def nor_a_third_part(request: Request, forward: Forward) -> Answered | None:
+        if is_part(request, 3):
+            return Answered(503)
+        return await no_listing(request, forward)
+
+    async with world.backend(nor_a_third_part) as (backend, _):
+        with pytest.raises(StorageUnavailable):
+            await backend.put(digest, BytesSource(data))
+    assert world.uploads(digest) == []
+    async with world.backend(no_listing) as (backend, _):
+        await backend.put(digest, BytesSource(data))
+    await world.expect_stored(digest, data)
+
+
+LISTING: Final = """<ListMultipartUploadsResult><IsTruncated>false</IsTruncated><Upload><Key>{key}</Key>
+<UploadId>of-somebody</UploadId><Initiated>2001-02-03T00:00:00Z</Initiated>{storage_class}</Upload>
+</ListMultipartUploadsResult>"""
+PARTS: Final = "<ListPartsResult><IsTruncated>false</IsTruncated></ListPartsResult>"
+BEGUN: Final = "<InitiateMultipartUploadResult><UploadId>new</UploadId></InitiateMultipartUploadResult>"
+NOW: Final = "Sat, 03 Feb 2001 12:00:00 GMT"
+
+
+@asynccontextmanager
+async def scripted(settings: S3Settings, digest: Digest, size: int, **more: str) -> AsyncIterator[Any]:
+    """A backend whose server holds an upload that somebody began, and answers a part and a Complete as it is told."""
+
+    async def handler(request: Request, stream: Any) -> None:
+        key = f"{settings.key_prefix}/{key_of(digest)}"
+        body = ""
+        headers = {"date": NOW}
+        status = 200
+        if request.method == "GET":
+            of_uploads = "uploads" in request.query
+            body = LISTING.format(key=key, storage_class=more.get("storage_class", "")) if of_uploads else PARTS
+        elif request.method == "POST" and "uploads" in request.query:
+            body = BEGUN
+        elif request.method == "HEAD":
+            headers |= {"content_length": str(size), "last_modified": more["stored"], "etag": '"opaque"'}
+            headers["x_amz_server_side_encryption"] = settings.sse or ""
+        elif request.method == "PUT":
+            status = int(more.get("part", "200"))
+            headers["etag"] = '"whatever"'
+        elif request.method == "POST":
+            status = int(more.get("complete", "200"))
+        else:
+            status = 204
+        await stream.send_all(answer(status, body.encode(), **headers))
+
+    async with serving(handler) as server:
+        backend = S3Backend(but(settings, endpoint_url=server.endpoint_url))
+        try:
+            yield backend, server
+        finally:
+            await backend.aclose()
+
+
+def begun_anew(server: ScriptedHTTP) -> bool:
+    return any(request.method == "POST" and "uploads" in request.query for request in server.requests)
+
+
+def aborted(server: ScriptedHTTP) -> list[str]:
+    return [request.query["uploadId"] for request in server.requests if request.method == "DELETE"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "storage_class", "taken_up"),
+    [
+        ({}, "", True),
+        ({}, "<StorageClass>STANDARD</StorageClass>", True),
+        ({}, "<StorageClass>COLD</StorageClass>", False),
+        ({"storage_class": "COLD"}, "<StorageClass>STANDARD</StorageClass>", False),
+        ({"sse": "AES256"}, "", False),
+        ({"sse": "aws:kms"}, "", False),
+    ],
+)
+async def test_an_upload_of_somebody_with_other_settings(
+    of_nobody: S3Settings, changes: dict[str, Any], storage_class: str, taken_up: bool
+) -> None:
+    digest, data = blob(PART + 1)
+    settings = but(of_nobody, **changes)
+    async with scripted(settings, digest, len(data), storage_class=storage_class, stored=NOW) as (backend, server):
+        await backend.put(digest, BytesSource(data))
+        assert begun_anew(server) != taken_up
+        assert aborted(server) == ([] if taken_up else ["of-somebody"])
+
+
+@pytest.mark.parametrize(("sse", "left"), [(None, True), ("AES256", True), ("aws:kms", False)])
+async def test_what_is_left_is_what_can_be_taken_up(of_nobody: S3Settings, sse: str | None, left: bool) -> None:
+    """Where keys of the server encrypt, no ETag is an MD5, and nothing tells what a part holds."""
+    digest, data = blob(PART + 1)
+    settings = but(of_nobody, sse=sse, storage_class="MINE")
+    async with scripted(settings, digest, len(data), part="503", storage_class="<StorageClass>ITS</StorageClass>") as (
+        backend,
+        server,
+    ):
+        with pytest.raises(StorageUnavailable):
+            await backend.put(digest, BytesSource(data))
+        assert begun_anew(server)
+        assert aborted(server) == ([] if left else ["new"])
+
+
+async def test_a_cancelled_put_leaves_nothing_that_cannot_be_taken_up(of_nobody: S3Settings) -> None:
+    digest, data = blob(3 * PART)
+    source = BlockingSource(data, 2 * PART)
+    try:
+        async with scripted(but(of_nobody, sse="aws:kms"), digest, len(data)) as (backend, server):
+            with trio.fail_after(PATIENCE_S):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(backend.put, digest, source)
+                    await trio.to_thread.run_sync(source.blocked.wait, abandon_on_cancel=True)
+                    nursery.cancel_scope.cancel()
+            assert aborted(server) == ["new"]
+    finally:
+        source.go_on.set()
+
+
+@pytest.mark.parametrize(
+    ("stored", "believed"),
+    [(NOW, True), ("Sat, 03 Feb 2001 12:00:09 GMT", True), ("Sat, 03 Feb 2001 11:59:00 GMT", False)],
+)
+async def test_an_object_from_before_proves_nothing(of_nobody: S3Settings, stored: str, believed: bool) -> None:
+    """It may be the damaged one that is to be repaired, with a size and an ETag from when it was whole."""
+    digest, data = blob(PART + 1)
+    cold = "<StorageClass>COLD</StorageClass>"
+    async with scripted(of_nobody, digest, len(data), storage_class=cold, stored=stored, complete="500") as (
+        backend,
+        _,
+    ):
+        if believed:
+            await backend.put(digest, BytesSource(data))
+        else:
+            with pytest.raises(StorageError, match="answers 500"):
+                await backend.put(digest, BytesSource(data))
