@@ -19,6 +19,7 @@ import platformdirs
 
 from castore.config_backends import BackendSettings, LocalSettings, S3Settings, parse_backends
 from castore.config_values import Table, suggestion
+from castore.digest import SHA256_BLOCKS, XXH3
 from castore.errors import ConfigError
 
 __all__ = [
@@ -87,12 +88,14 @@ class CacheSettings:
     """The disk cache of blocks; `max_bytes` 0 keeps none.
 
     `same_disk` says whether it also keeps blocks of `local` backends whose folder is on its own file system. Blobs of
-    at most `tiny_bytes` are kept in a database in the state directory instead, up to `tiny_max_bytes` of it.
+    at most `tiny_bytes` are kept in a database in the state directory instead, up to `tiny_max_bytes` of it. With
+    `seed`, what is published goes there without being read.
     """
 
     dir: Path
     max_bytes: int
     same_disk: bool = False
+    seed: bool = True
     tiny_bytes: int = 8 * _KIB
     tiny_max_bytes: int = _GIB
 
@@ -147,6 +150,12 @@ class Config:
     routing: RoutingSettings
     http: HttpSettings
     source: Path | None
+
+    @property
+    def block_digest(self) -> str:
+        """How all blocks that come in are checked: by sha256 when one backend wants it, since any may go there."""
+        wanted = {settings.block_digest for settings in self.backends.values()}
+        return SHA256_BLOCKS if SHA256_BLOCKS in wanted else XXH3
 
     def check_references(self, environ: Mapping[str, str] | None = None) -> None:
         """Resolve every reference to a secret and forget the result. Raises ConfigError for the first that fails."""
@@ -220,7 +229,7 @@ def parse_config(values: Mapping[str, Any], *, source: Path | None) -> Config:
     file = source if source is not None else Path("built-in defaults")
     top = Table(values, name="", file=file, known=("store", "cache", "ingest", "backends", "routing", "http"))
     store = top.table("store", ("state_dir",))
-    cache = top.table("cache", ("dir", "max_bytes", "same_disk", "tiny_bytes", "tiny_max_bytes"))
+    cache = top.table("cache", ("dir", "max_bytes", "same_disk", "seed", "tiny_bytes", "tiny_max_bytes"))
     backends = parse_backends(top)
     config = Config(
         store=StoreSettings(store.path("state_dir", default_state_dir())),
@@ -228,6 +237,7 @@ def parse_config(values: Mapping[str, Any], *, source: Path | None) -> Config:
             cache.path("dir", default_cache_dir()),
             cache.size("max_bytes", 20 * _GIB),
             cache.boolean("same_disk", False),
+            cache.boolean("seed", True),
             cache.size("tiny_bytes", 8 * _KIB, maximum=_TINY_MAX),
             cache.size("tiny_max_bytes", _GIB),
         ),

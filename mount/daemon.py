@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import resource
@@ -29,10 +28,11 @@ from castore.catalog.records import FailureReason
 from castore.catalog.writer import CatalogWriter
 from castore.config import Config
 from castore.digest import Digest
-from castore.errors import ConfigError, StateError, StateLocked
+from castore.errors import ConfigError, StateError
 from castore.ingest.service import Ingest
 from castore.mountinfo import mount_source
 from castore.registry.locations import record_bad_read
+from castore.state_lock import take_lock
 from castore.storage.open import open_backend
 from mount import kernel, mountpoint
 from mount.by_digest import ByDigestTree
@@ -97,7 +97,7 @@ class Daemon:
         self._config.check_references()
         open_reader(self._config.store.catalog_path).close()
         if "ro" not in self._options:
-            self._lock = _take_lock(self._config.store.run_dir / "lock", state_dir)
+            self._lock = take_lock(self._config.store.run_dir / "lock", state_dir)
         try:
             self._path = mountpoint.prepare(self._path, state_dir, is_writer=self._lock is not None)
         except BaseException:
@@ -130,7 +130,12 @@ class Daemon:
         ingest = None
         if self._lock is not None:
             ingest = Ingest(
-                config, catalog=catalog, writer=writer, backends=backends, on_published=self._invalidate_published
+                config,
+                catalog=catalog,
+                writer=writer,
+                backends=backends,
+                on_published=self._invalidate_published,
+                cache=cache,
             )
         self._ingest = ingest
         self._status = StatusDocument(
@@ -197,6 +202,8 @@ class Daemon:
             status=self._status,
             operations=self._operations,
             take_away=self._take_away,
+            state_dir=self._config.store.state_dir,
+            mountpoint=self._path,
         )
         await nursery.start(serve_control, self._config.store.control_path, commands.handlers())
 
@@ -337,20 +344,3 @@ def _say_what_is_not_configured(config: Config) -> None:
                 backend_id,
                 backend_id,
             )
-
-
-def _take_lock(path: Path, state_dir: Path) -> int:
-    """The descriptor that holds the state directory's lock until it is closed. Raises StateLocked."""
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
-        holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip()
-        os.close(descriptor)
-        raise StateLocked(
-            f"{state_dir}: another daemon (pid {holder or 'unknown'}) writes there; unmount it or set another state_dir"
-        ) from exc
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-    return descriptor

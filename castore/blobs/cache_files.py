@@ -148,21 +148,24 @@ class CacheFiles:
             found.add(here)
         return found
 
-    def adopt(self, summary: BlobSummary, source: Path) -> int:
-        """Take over a file that holds all of a blob of at most SEGMENT_BYTES; how many bytes more the disk holds.
+    @staticmethod
+    def fits(summary: BlobSummary) -> bool:
+        """Whether all of a blob is in one file."""
+        return 0 < summary.size_bytes <= segment_bytes(summary.block_size_bytes)
 
-        `source` is moved; it must lie on the same file system. Raises OSError, ValueError for a larger blob.
+    def adopt(self, summary: BlobSummary, source: Path) -> None:
+        """Take over a file that holds all of a blob that `fits`; it must lie on the same file system. Raises OSError.
+
+        It costs as much as removing the file, so it is done on the loop.
         """
-        if summary.size_bytes > segment_bytes(summary.block_size_bytes):
-            raise ValueError(f"{summary.size_bytes} bytes do not fit a segment")
         target = f"{self.blocks}/{_name(summary, 0)}"
         try:
             os.rename(source, target)
         except FileNotFoundError:
-            os.makedirs(os.path.dirname(target), _PRIVATE_FOLDER, exist_ok=True)
+            for folder in reversed(Path(target).parents[:2]):
+                os.makedirs(folder, _PRIVATE_FOLDER, exist_ok=True)
             os.rename(source, target)
         os.utime(target)
-        return os.stat(target).st_blocks * UNIT_BYTES
 
     # all of them
 

@@ -74,12 +74,19 @@ class CacheRoom:
         """Make room for a write and take it; False when there is none, or another process makes it. Raises OSError."""
         if not self._make(size_bytes):
             return False
-        # What is written again is counted twice until files are counted anew.
+        self.took(size_bytes)
+        self._free_bytes -= size_bytes
+        return True
+
+    def has(self, size_bytes: int) -> bool:
+        """Whether there is room as things are, removing nothing; for any thread."""
+        return 0 <= self.used_bytes <= self.max_bytes * EVICT_TO - size_bytes
+
+    def took(self, size_bytes: int) -> None:
+        """So many bytes more are in a file. What is written again is counted twice until files are counted anew."""
         taken = -(-size_bytes // _DISK_UNIT) * _DISK_UNIT
         self.used_bytes += taken
         self._written += taken
-        self._free_bytes -= taken
-        return True
 
     def _make(self, size_bytes: int) -> bool:
         age = time.monotonic() - self._counted_at

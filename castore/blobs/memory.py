@@ -18,8 +18,8 @@ from castore.errors import CastoreError
 MEMORY_BYTES: Final = 64 * 1024 * 1024
 """Default bound of the spans that are kept: room for many readers' windows, in a daemon that stays small."""
 
-SPAN_OVERHEAD_BYTES: Final = 1200
-"""Charged for each span beside its buffer: its objects take 1.1 kB, nearly all that a tiny blob needs."""
+SPAN_OVERHEAD_BYTES: Final = 1800
+"""Charged for each span beside its buffer: its objects take 1.8 kB, nearly all that a tiny blob needs."""
 
 
 class KnownBlob:
@@ -39,7 +39,7 @@ class Span:
     Only slices of `view` are given out. The buffer is not used again, so a slice stays true when its span is evicted.
     """
 
-    __slots__ = ("buffer", "done", "end", "error", "first", "known", "offset", "unread", "view")
+    __slots__ = ("buffer", "checked_at", "done", "end", "error", "first", "known", "offset", "unread", "view")
 
     def __init__(self, known: KnownBlob, first: int, end: int, *, prefetched: bool) -> None:
         self.known = known
@@ -51,6 +51,8 @@ class Span:
         self.view = memoryview(self.buffer).toreadonly()
         self.done = trio.Event()
         self.error: Exception | None = None
+        self.checked_at: list[float] = []
+        """When each block was checked last, by trio's clock. Empty until all have arrived."""
         self.unread = (1 << (end - first)) - 1 if prefetched else 0
         """A bit for each block, the first one lowest, that was prefetched and has not been read."""
 
@@ -95,16 +97,17 @@ class SpanMemory:
     def keep(self, span: Span) -> None:
         """The span arrived and is checked."""
         self.in_flight_bytes -= _cost(span)
+        span.checked_at = [trio.current_time()] * (span.end - span.first)
         self._kept[span] = None
         self.kept_bytes += _cost(span)
         self.unread_bytes += span.unread.bit_count() * span.known.block_size
         while self.kept_bytes > self.max_bytes:
-            self._evict()
+            self.forget(next(iter(self._kept)))
 
     def drop(self, span: Span) -> None:
         """The span failed: the next read of its blocks begins anew."""
         self.in_flight_bytes -= _cost(span)
-        self._forget(span)
+        self._leave(span)
 
     def touch(self, span: Span, first: int, end: int) -> None:
         """Blocks `first` to `end` (exclusive) are read; what lies outside the span is ignored."""
@@ -127,15 +130,15 @@ class SpanMemory:
     def clear(self) -> None:
         """Keep nothing of what has arrived. What readers hold stays true, what is on its way arrives."""
         while self._kept:
-            self._evict()
+            self.forget(next(iter(self._kept)))
 
-    def _evict(self) -> None:
-        oldest = next(iter(self._kept))
-        self._forget(oldest)
-        del self._kept[oldest]
-        self.kept_bytes -= _cost(oldest)
+    def forget(self, span: Span) -> None:
+        """Keep a span that has arrived no longer: the next read of its blocks begins anew."""
+        self._leave(span)
+        del self._kept[span]
+        self.kept_bytes -= _cost(span)
 
-    def _forget(self, span: Span) -> None:
+    def _leave(self, span: Span) -> None:
         self.give_up(span)
         for index in range(span.first, span.end):
             del span.known.spans[index]

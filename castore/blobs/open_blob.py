@@ -1,7 +1,8 @@
-"""One open blob: which spans a read needs, which to fetch ahead, and the bytes put together. Checks nothing itself."""
+"""One open blob: which spans a read needs, which to fetch ahead, and the bytes put together. Fetches nothing itself."""
 
 from __future__ import annotations
 
+import logging
 from typing import Final
 
 import trio
@@ -10,10 +11,17 @@ from castore.blobs.flights import MAX_GET_BYTES, Flights
 from castore.blobs.memory import KnownBlob, Span
 from castore.blobs.pattern import ReadPattern, refill_bytes
 from castore.catalog.records import Blob
+from castore.digest import block_checksum
 from castore.errors import CastoreError
 
 _WIDER_FLIGHTS: Final = 2
 """How often a read that shared a failed flight of more blocks than its own tries again with its own."""
+
+RECHECK_SECONDS: Final = 1.0
+"""A block in memory is checked again before it is given out, unless it was in the last second. All that memory holds
+takes 7 ms with xxh3 and 50 ms with sha256. At every hit, a 4 KiB read through a mount would take 12 % longer."""
+
+_log = logging.getLogger(__name__)
 
 
 class OpenBlob:
@@ -71,7 +79,7 @@ class OpenBlob:
         index = first
         while index < end:
             span = known.spans.get(index)
-            if span is None:
+            if span is None or not self._is_still_right(span, index, end):
                 stop = self._gap_end(index, min(end, index + max(1, MAX_GET_BYTES // known.block_size)))
                 span = flights.start(self._blob, known, index, stop, prefetched=False)
             spans.append(span)
@@ -83,6 +91,23 @@ class OpenBlob:
             flights.memory.touch(span, index, end)
             index = span.end
         return spans
+
+    def _is_still_right(self, span: Span, first: int, end: int) -> bool:
+        """Check the blocks `first` to `end` (exclusive) as far as the span has them and it is time; else forget it."""
+        if not span.done.is_set():
+            return True  # the flight checks them
+        summary, size, now = self._blob.summary, self._known.block_size, trio.current_time()
+        for index in range(first, min(end, span.end)):
+            if now - span.checked_at[index - span.first] < RECHECK_SECONDS:
+                continue
+            start = index * size - span.offset
+            if block_checksum(span.view[start : start + size], summary.checksum_algorithm) != summary.checksum(index):
+                _log.error("block %d of %s changed in memory: this host's memory may be bad", index, summary.digest)
+                self._flights.stats.memory_bad += 1
+                self._flights.memory.forget(span)
+                return False
+            span.checked_at[index - span.first] = now
+        return True
 
     def _gap_end(self, index: int, limit: int) -> int:
         """Where the run of blocks that nothing holds ends; it begins at `index`."""

@@ -23,6 +23,8 @@ class ReadStats:
     """Of these, blocks that were given up unread: evicted, failed, or left behind by their handle."""
     bad_blocks: int = 0
     """Blocks that a backend gave and whose checksum differed, each time that one came."""
+    memory_bad: int = 0
+    """Blocks in memory whose bytes had changed since they were checked."""
     disk_hits: int = 0
     """Blocks that memory lacked and the disk cache had."""
     disk_misses: int = 0

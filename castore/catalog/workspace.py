@@ -26,6 +26,7 @@ NODES_KEPT: Final = 16_384
 """Nodes that are kept in memory, some 8 MB: a copy of many small files asks for each of its directories and files over
 and over, and each answer of SQLite costs four system calls for its locks."""
 
+_NODE_COLUMNS: Final = _NODE.count(",") + 1
 _SUMMARY: Final = "algorithm, digest, size_bytes, block_size_bytes, checksum_algorithm, checksums"
 
 
@@ -331,6 +332,15 @@ class WorkspaceStore:
         """The file's bytes are about to change: it is receiving again."""
         self.update_node(inode, state="receiving", error="", algorithm="", digest=b"", checksums=b"")
 
+    def clear_summaries(self, *, but: str) -> None:
+        """All files whose blocks have checksums of another algorithm are receiving again, to be hashed anew."""
+        self._nodes.clear()
+        self._execute(
+            "UPDATE nodes SET state = 'receiving', error = '', algorithm = '', digest = x'', checksums = x'' "
+            "WHERE state IN ('staged', 'stored') AND checksum_algorithm <> ?",
+            (but,),
+        )
+
     def move_state(self, inode: int, digest: Digest, *, state: str, error: str = "") -> bool:
         """Set the state of a file whose bytes still have that digest; False when they changed meanwhile."""
         self._nodes.pop(inode, None)
@@ -422,6 +432,16 @@ class WorkspaceStore:
         """Fix the inodes of packages/NAME and its `latest`."""
         self._execute("INSERT OR IGNORE INTO names VALUES (?, ?, ?)", (name, inode, latest_inode))
 
+    # imports
+
+    def mark_import(self, version_inode: int) -> None:
+        """A version is made by an import, as long as it exists."""
+        self._execute("INSERT OR IGNORE INTO imports VALUES (?)", (version_inode,))
+
+    def is_import(self, version_inode: int) -> bool:
+        """Whether an import made a version."""
+        return self._execute("SELECT 1 FROM imports WHERE version_inode = ?", (version_inode,)).fetchone() is not None
+
     # publish
 
     def begin_publishing(self, publishing: Publishing) -> None:
@@ -449,19 +469,18 @@ class WorkspaceStore:
             (version_inode,),
         )
 
-    def remove_version(self, version_inode: int, limit: int) -> list[Node]:
-        """Forget up to `limit` named nodes of a published version; returns them, [] at the end.
+    def remove_version(self, version_inode: int, limit: int) -> list[tuple[Node, BlobSummary | None]]:
+        """Forget up to `limit` named nodes of a published version; returns them with what files hold, [] at the end.
 
         Unlinked files that are still open stay until their last handle is gone.
         """
+        query = f"SELECT {_NODE}, {_SUMMARY} FROM nodes WHERE version_inode = ? AND nlink > 0 LIMIT ?"
         with self.transaction():
             nodes = [
-                _node(row)
-                for row in self._execute(
-                    f"SELECT {_NODE} FROM nodes WHERE version_inode = ? AND nlink > 0 LIMIT ?", (version_inode, limit)
-                )
+                (_node(row[:_NODE_COLUMNS]), _summary(row[_NODE_COLUMNS:]) if row[_NODE_COLUMNS] else None)
+                for row in self._execute(query, (version_inode, limit))
             ]
-            for node in nodes:
+            for node, _ in nodes:
                 self._nodes.pop(node.inode, None)
                 self._execute("DELETE FROM links WHERE inode = ?", (node.inode,))
                 self._execute("DELETE FROM attributes WHERE inode = ?", (node.inode,))

@@ -34,6 +34,7 @@ state_dir = {state_dir}
 dir = {cache_dir}
 # max_bytes = "20GiB"             # what the blocks of blobs kept there may take; 0: none are kept
 # same_disk = false               # whether to keep blocks of local backends on the same file system, too
+# seed = true                     # whether what is published goes there at once: small files, and those of up to 8 MiB
 # tiny_bytes = "8KiB"             # blobs up to this size are kept in state_dir/tiny.db instead; 0: they are not
 # tiny_max_bytes = "1GiB"         # what that may take
 
@@ -48,6 +49,7 @@ dir = {cache_dir}
 [backends.local]
 type = "local"
 path = {objects_dir}
+# block_digest = "xxh3-64"        # "sha256" for a backend that is not trusted: of any type, and for all that comes in
 
 # [backends.remote]
 # type = "s3"
@@ -69,6 +71,7 @@ path = {objects_dir}
 # read_timeout = "30s"                                # silence that ends a request
 # max_connections = 64
 # transfer = "native"                                 # or "aioboto3": everything by the client library
+# block_digest = "xxh3-64"                            # or "sha256", as above
 
 [routing]
 default = "local"

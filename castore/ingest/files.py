@@ -17,8 +17,9 @@ from typing import Final
 
 import trio
 
+from castore.blobs.disk_cache import DiskCache
 from castore.catalog.workspace import Node, WorkspaceStore
-from castore.digest import BlobHasher, BlobSummary
+from castore.digest import XXH3, BlobHasher, BlobSummary
 from castore.errors import NotOpen, ReadOnly, StagingFull, StateError
 from castore.failpoint import failpoint
 from castore.ingest.hashing import INLINE_BYTES, HashQueue, hash_file
@@ -55,13 +56,17 @@ class StagedFiles:
         hashes: HashQueue,
         max_bytes: int,
         max_bytes_per_user: int = 0,
+        block_digest: str = XXH3,
         on_staged: Callable[[], None] = lambda: None,
         on_lost: Callable[[int], None] = lambda _: None,
+        cache: DiskCache | None = None,
     ) -> None:
         self._store = store
         self.folder = folder
         self._hashes = hashes
+        self._block_digest = block_digest
         self._on_staged = on_staged
+        self._cache = cache
         self._on_lost = on_lost
         """Called with the inode when the bytes that a file was staged with change, or are discarded."""
         self._open: dict[int, StagedFile] = {}
@@ -127,7 +132,7 @@ class StagedFiles:
         path = self.path(node.inode)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         file = StagedFile(node, path, descriptor)
-        file.hasher = BlobHasher()
+        file.hasher = self.new_hasher()
         file.handles = file.writers = 1
         self._open[node.inode] = file
         return file
@@ -231,7 +236,7 @@ class StagedFiles:
             raise
         file.size_bytes = size_bytes
         file.mtime_ns = time.time_ns()
-        file.hasher = BlobHasher() if size_bytes == 0 and not file.pending else None
+        file.hasher = self.new_hasher() if size_bytes == 0 and not file.pending else None
         file.hash_end = 0
 
     def _begin_change(self, file: StagedFile) -> None:
@@ -261,6 +266,10 @@ class StagedFiles:
         await self._hashes.put(lambda: hasher.update(data), done)
 
     # digests
+
+    def new_hasher(self) -> BlobHasher:
+        """For the bytes of one file, with the checksums that this store is set to."""
+        return BlobHasher(checksum_algorithm=self._block_digest)
 
     async def _finish(self, file: StagedFile, *, rehash: bool) -> None:
         """Bring size and time into the workspace, and the digest: now or by a queued job."""
@@ -332,12 +341,17 @@ class StagedFiles:
             if file.writers or not file.is_dirty:
                 return  # whoever writes it has it hashed in the end
             changes = file.changes
-            self._staged(file, await trio.to_thread.run_sync(hash_file, file.descriptor), changes)
+            self._staged(file, await trio.to_thread.run_sync(hash_file, file.descriptor, self._block_digest), changes)
         except OSError as exc:
             self._store.update_node(inode, state="failed", error=f"SourceChanged: cannot be read: {exc.strerror}")
             self.released.pulse()
         finally:
             await self.release(file, writable=False)
+
+    def added(self) -> None:
+        """Files were staged by `IngestTree.add_staged`."""
+        self._on_staged()
+        self.released.pulse()
 
     # puts
 
@@ -365,6 +379,8 @@ class StagedFiles:
             self._store.set_summary(file.inode, summary)
             self._store.update_node(file.inode, mtime_ns=file.mtime_ns)
         file.is_dirty = False
+        if self._cache is not None and file.size_bytes <= self._cache.seed_bytes:
+            self._cache.keep(summary, 0, memoryview(os.pread(file.descriptor, file.size_bytes, 0)))
         failpoint("file.staged")
         self._on_staged()
         self.released.pulse()
@@ -409,9 +425,11 @@ class StagedFiles:
         self.path(inode).unlink(missing_ok=True)
         self.room.take(uid, -size_bytes)
 
-    def publish(self, nodes: Iterable[Node]) -> None:
-        """These files are published: open handles can only read on, the staged bytes go."""
-        for node in nodes:
+    def publish(self, nodes: Iterable[tuple[Node, BlobSummary | None]]) -> None:
+        """These files are published: open handles can only read on, the staged bytes go, into the cache if it can."""
+        for node, summary in nodes:
+            if summary is not None and self._cache is not None:
+                self._cache.adopt(summary, self.path(node.inode))
             file = self._open.get(node.inode)
             if file is not None:
                 file.is_published = True

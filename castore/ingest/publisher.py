@@ -209,7 +209,7 @@ class Publisher:
 
     async def _publish(self, version_inode: int, name: str, version: str, wait_seconds: float, report: Report) -> None:
         deadline = trio.current_time() + wait_seconds
-        await self._check_absent(name, version)
+        await self.check_absent(name, version)
         place = self._place(version_inode)
         if place[0] != name:
             raise InvalidName(f"a version of another package cannot be published as {name}/{version}")
@@ -218,7 +218,7 @@ class Publisher:
                 await self._wait_publishable(version_inode, report)
             except NotFound:
                 # Perhaps someone else published it meanwhile: then that is the answer.
-                await self._check_absent(name, version)
+                await self.check_absent(name, version)
                 raise
         if waiting.cancelled_caught:
             raise PublishBusy(self._busy_reason(version_inode))
@@ -245,7 +245,8 @@ class Publisher:
             # It is published all the same, and seen as such: what remains in staging goes at the next start.
             log.error("%s/%s is published, but its staging is not cleared: %s", name, version, exc)
 
-    async def _check_absent(self, name: str, version: str) -> None:
+    async def check_absent(self, name: str, version: str) -> None:
+        """Raise PackageExists when that version is published."""
         if await self._writer.run(lambda transaction: transaction.package_exists(name, version)):
             raise PackageExists(f"{name}/{version} is published already")
 
@@ -348,6 +349,7 @@ class Publisher:
                 version=draft.version,
             )
             file_count, size_bytes = transaction.version_totals(draft.root.inode)
+            transaction.strengthen_checksums(draft.root.inode)
             transaction.copy_entries(
                 draft.root.inode,
                 parent_id=parent_id,
@@ -389,8 +391,8 @@ class Publisher:
                 self._store.touch(link[0], time.time_ns())
             failpoint("publish.unlinked")
         while nodes := self._store.remove_version(version_inode, FORGET_BATCH):
-            self._files.publish(node for node in nodes if node.kind is Kind.FILE)
-            await self._on_published([node.inode for node in nodes])
+            self._files.publish((node, summary) for node, summary in nodes if node.kind is Kind.FILE)
+            await self._on_published([node.inode for node, _ in nodes])
             await trio.lowlevel.checkpoint()
         self._store.end_publishing(version_inode, manifest)
         failpoint("publish.forgotten")

@@ -9,6 +9,7 @@ from typing import Final
 
 import trio
 
+from castore.blobs.disk_cache import DiskCache
 from castore.catalog.connection import create_workspace
 from castore.catalog.reader import CatalogReader
 from castore.catalog.workspace import Publishing, WorkspaceStore
@@ -44,6 +45,7 @@ class Ingest:
         writer: CatalogWriter,
         backends: Mapping[str, StorageBackend],
         on_published: Callable[[list[int]], Awaitable[None]],
+        cache: DiskCache | None = None,
     ) -> None:
         staging = config.store.state_dir / "staging"
         self._manifests = staging / "manifests"
@@ -56,6 +58,7 @@ class Ingest:
         self._unfinished_publishes: list[Publishing] = []
         self._writer = writer
         self._hashes = HashQueue()
+        self._block_digest = config.block_digest
         self._router = Router(config.routing, frozenset(backends), source=config.source)
         self._numbers = InodeNumbers(writer)
         self.labels = LabelReader(self.store, default_retention_class=config.ingest.default_retention_class)
@@ -65,8 +68,10 @@ class Ingest:
             hashes=self._hashes,
             max_bytes=config.ingest.staging_max_bytes,
             max_bytes_per_user=config.ingest.max_bytes_per_user,
+            block_digest=config.block_digest,
             on_staged=lambda: self.uploader.wake(),
             on_lost=lambda inode: self.uploader.lose(inode),
+            cache=cache,
         )
         self.tree = IngestTree(
             self.store,
@@ -116,6 +121,7 @@ class Ingest:
             writer=self._writer,
             publisher=self.publisher,
             manifests=self._manifests,
+            block_digest=self._block_digest,
         )
 
     async def run(self) -> None:

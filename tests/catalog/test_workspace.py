@@ -194,7 +194,7 @@ def test_forgetting_a_version(store: WorkspaceStore) -> None:
     removed = []
     while some := store.remove_version(ROOT, 2):
         assert len(some) <= 2
-        removed += [found.inode for found in some]
+        removed += [found.inode for found, _ in some]
     assert sorted(removed) == [2001, 2002, 2003, 2004, 2006]
     assert names(store, TOP) == {b"other": 3000}
     assert store.attributes(2003) == {}

@@ -190,7 +190,7 @@ async def test_what_handles_cannot_do(staging: Staging) -> None:
     assert staging.files.read(reading, 1, 100) == b"ytes"
     with pytest.raises(NotOpen):
         await staging.files.write(reading, 0, b"x")
-    staging.files.publish([staging.node(100)])
+    staging.files.publish([(staging.node(100), None)])
     assert not staging.files.path(100).exists()
     assert staging.files.read(reading, 0, 2) == b"by"
     with pytest.raises(ReadOnly):

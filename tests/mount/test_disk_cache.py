@@ -48,7 +48,7 @@ def make_cached(make_store: Callable[..., MountedStore]) -> Callable[..., Mounte
 
     def make(place: Place | None = None, **settings: object) -> MountedStore:
         store = make_store(place=place)
-        configure(store, same_disk="true", **settings)
+        configure(store, **({"same_disk": "true", "seed": "false"} | settings))
         store.mount()
         return store
 
@@ -82,6 +82,31 @@ def test_cached_files_are_read_after_a_restart_while_the_backend_is_down(
         assert cache_of(store)["hit_count"] >= 160
         assert cache_of(store)["bad_count"] == 0
     assert (package / "never read").read_bytes() == files["never read"]
+
+
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+def test_what_is_published_is_in_the_cache(make_cached: Callable[..., MountedStore], place: Place) -> None:
+    store = make_cached(place, seed="true")
+    files = {"small": b"small", "8 MiB": os.urandom(8 * MIB), "larger": os.urandom(8 * MIB + 1)}
+    box = store.ingest("lib/1")
+    for name, data in files.items():
+        (box / name).write_bytes(data)
+        os.utime(box / name, (0, 0))
+    with (box / "8 MiB").open("rb") as reader:
+        package = store.publish("lib/1")
+        wait_kept(store)
+        used = cache_of(store)["used_bytes"]
+        assert 8 * MIB <= used < 9 * MIB
+        os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert reader.read() == files["8 MiB"]
+    store.umount()
+    with place.unreachable("main"):
+        store.mount()
+        for name in ("small", "8 MiB"):
+            assert (package / name).read_bytes() == files[name]
+        with pytest.raises(OSError, match="Errno"):
+            (package / "larger").read_bytes()
+    assert (package / "larger").read_bytes() == files["larger"]
 
 
 def test_an_altered_file_is_noticed_and_mended(make_cached: Callable[..., MountedStore]) -> None:
@@ -132,7 +157,7 @@ def test_two_stores_share_a_folder_and_one_is_killed(make_store: Callable[..., M
     names = [f"file{number}" for number in range(12)]
     files = {name: os.urandom(3 * MIB) for name in names}
     for store in stores:
-        configure(store, dir=json.dumps(str(shared)), max_bytes=24 * MIB, same_disk="true")
+        configure(store, dir=json.dumps(str(shared)), max_bytes=24 * MIB, same_disk="true", seed="false")
         store.mount()
         publish(store, files)
     one, other = stores
