@@ -89,7 +89,8 @@ class CacheSettings:
 
     `same_disk` says whether it also keeps blocks of `local` backends whose folder is on its own file system. Blobs of
     at most `tiny_bytes` are kept in a database in the state directory instead, up to `tiny_max_bytes` of it. With
-    `seed`, what is published goes there without being read.
+    `seed`, what is published goes there without being read. With `prefetch_siblings`, small files of a directory that
+    is read file by file are fetched before they are asked for.
     """
 
     dir: Path
@@ -98,11 +99,15 @@ class CacheSettings:
     seed: bool = True
     tiny_bytes: int = 8 * _KIB
     tiny_max_bytes: int = _GIB
+    prefetch_siblings: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class IngestSettings:
-    """How files come in. `max_bytes_per_user` 0 means no bound; `keep_owner` keeps uid and gid of published files."""
+    """How files come in. `max_bytes_per_user` 0 means no bound; `keep_owner` keeps uid and gid of published files.
+
+    A version in which nothing changed for `expire_after_seconds` is reported; 0 for never.
+    """
 
     default_retention_class: str
     publish_wait_seconds: float
@@ -110,6 +115,7 @@ class IngestSettings:
     staging_max_bytes: int
     max_bytes_per_user: int
     keep_owner: bool = False
+    expire_after_seconds: float = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +235,9 @@ def parse_config(values: Mapping[str, Any], *, source: Path | None) -> Config:
     file = source if source is not None else Path("built-in defaults")
     top = Table(values, name="", file=file, known=("store", "cache", "ingest", "backends", "routing", "http"))
     store = top.table("store", ("state_dir",))
-    cache = top.table("cache", ("dir", "max_bytes", "same_disk", "seed", "tiny_bytes", "tiny_max_bytes"))
+    cache = top.table(
+        "cache", ("dir", "max_bytes", "same_disk", "seed", "tiny_bytes", "tiny_max_bytes", "prefetch_siblings")
+    )
     backends = parse_backends(top)
     config = Config(
         store=StoreSettings(store.path("state_dir", default_state_dir())),
@@ -240,6 +248,7 @@ def parse_config(values: Mapping[str, Any], *, source: Path | None) -> Config:
             cache.boolean("seed", True),
             cache.size("tiny_bytes", 8 * _KIB, maximum=_TINY_MAX),
             cache.size("tiny_max_bytes", _GIB),
+            cache.boolean("prefetch_siblings", True),
         ),
         ingest=_ingest(top),
         backends=MappingProxyType(backends),
@@ -261,6 +270,7 @@ def _ingest(top: Table) -> IngestSettings:
             "staging_max_bytes",
             "max_bytes_per_user",
             "keep_owner",
+            "expire_after",
         ),
     )
     return IngestSettings(
@@ -276,6 +286,7 @@ def _ingest(top: Table) -> IngestSettings:
         staging_max_bytes=table.size("staging_max_bytes", 100 * _GIB, minimum=1),
         max_bytes_per_user=table.size("max_bytes_per_user", 0),
         keep_owner=table.boolean("keep_owner", False),
+        expire_after_seconds=table.duration("expire_after", "0s", maximum="87600h"),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from castore.config_values import SecretRef, Table
+from castore.digest import CHECKSUM_BYTES, XXH3
 
 _BACKEND_ID: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _BACKEND_ID_RULE: Final = "1 to 64 letters, digits or ._-, the first a letter or digit"
@@ -35,6 +36,7 @@ _S3_KEYS: Final = (
     "read_timeout",
     "max_connections",
     "transfer",
+    "block_digest",
 )
 CONNECT_TIMEOUT_S: Final = 5.0
 """Seconds for a connection: a host that is up answers in less than one, also across an ocean."""
@@ -48,12 +50,13 @@ _CONNECTIONS_BOUND: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class LocalSettings:
-    """A backend that is a directory of this host."""
+    """A backend that is a directory of this host. `block_digest` is how blocks are checked that lie there."""
 
     backend_type: ClassVar[str] = "local"
 
     backend_id: str
     path: Path
+    block_digest: str = XXH3
 
     @property
     def place(self) -> str:
@@ -67,7 +70,7 @@ class S3Settings:
 
     Both references are None where the standard AWS credential chain decides, else neither is. `sse_kms_key_id` is
     given for `sse` "aws:kms" alone. Without a `ca_bundle` the authorities of the host are trusted. The field of a
-    timeout ends in `_seconds`, its key does not.
+    timeout ends in `_seconds`, its key does not. `block_digest` is how blocks are checked that lie there.
     """
 
     backend_type: ClassVar[str] = "s3"
@@ -91,6 +94,7 @@ class S3Settings:
     read_timeout_seconds: float = READ_TIMEOUT_S
     max_connections: int = MAX_CONNECTIONS
     transfer: str = "native"
+    block_digest: str = XXH3
 
     @property
     def place(self) -> str:
@@ -121,12 +125,12 @@ def parse_backends(top: Table) -> dict[str, BackendSettings]:
 
 
 def _backend(table: Table, backend_id: str) -> BackendSettings:
-    known = {"local": ("type", "path"), "s3": ("type", *_S3_KEYS)}
+    known = {"local": ("type", "path", "block_digest"), "s3": ("type", *_S3_KEYS)}
     every_key = tuple(dict.fromkeys(key for keys in known.values() for key in keys))
     backend_type = table.table(backend_id, every_key, secret=True).choice("type", None, tuple(known))
     settings = table.table(backend_id, known[backend_type], secret=True)
     if backend_type == "local":
-        return LocalSettings(backend_id, settings.path("path", None))
+        return LocalSettings(backend_id, settings.path("path", None), _block_digest(settings))
     return _s3(settings, backend_id)
 
 
@@ -180,7 +184,12 @@ def _s3(table: Table, backend_id: str) -> S3Settings:
         read_timeout_seconds=table.duration("read_timeout", f"{READ_TIMEOUT_S:g}s", minimum="100ms", maximum="10min"),
         max_connections=table.count("max_connections", MAX_CONNECTIONS, minimum=1, maximum=_CONNECTIONS_BOUND),
         transfer=table.choice("transfer", "native", ("native", "aioboto3")),
+        block_digest=_block_digest(table),
     )
+
+
+def _block_digest(table: Table) -> str:
+    return table.choice("block_digest", XXH3, tuple(CHECKSUM_BYTES))
 
 
 def _references(table: Table) -> tuple[SecretRef | None, SecretRef | None, SecretRef | None]:

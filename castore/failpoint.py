@@ -14,6 +14,8 @@ from typing import Final
 VARIABLE: Final = "CASTORE_FAILPOINT"
 
 POINTS: Final = {
+    "import.copied": "bytes of an import lie in staging, and have no names",
+    "import.staged": "they have names and digests",
     "file.created": "a name and an empty file are there, the kernel is not answered",
     "file.written": "bytes are in the staged file",
     "file.closing": "size and digest are known, the workspace does not have them",

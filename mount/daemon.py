@@ -40,13 +40,15 @@ from mount.commands import Commands
 from mount.control import ControlTree
 from mount.guard import waits
 from mount.operations import CastoreOperations
+from mount.package_order import PackageOrder
 from mount.packages import PackagesTree
 from mount.sweeping import sweep_always
 
 log = logging.getLogger(__name__)
 
 STOP_SECONDS: Final = 20.0
-"""From a signal to the end of the background work; with the unmount it stays below the 30 s that are promised."""
+"""A signal lets puts go on for so long, unless a second one comes; with the unmount it stays below the 30 s that are
+promised. What is not stored by then stays staged."""
 
 _OPTIONS: Final = frozenset(
     {"allow_other", "allow_root", "ro", "rw", "nosuid", "suid", "nodev", "dev", "noexec", "exec"}
@@ -126,7 +128,13 @@ class Daemon:
         self._writer = writer
         notices: list[str] = []
         cache = await _open_cache(config, notices)
-        blobs = BlobReader(catalog, backends, on_bad_location=self._record_failure, cache=cache)
+        blobs = BlobReader(
+            catalog,
+            backends,
+            on_bad_location=self._record_failure,
+            cache=cache,
+            following=PackageOrder(catalog).following if config.cache.prefetch_siblings else None,
+        )
         ingest = None
         if self._lock is not None:
             ingest = Ingest(
@@ -174,7 +182,6 @@ class Daemon:
                 try:
                     await self._serve(on_ready)
                 finally:
-                    nursery.cancel_scope.deadline = trio.current_time() + STOP_SECONDS
                     nursery.cancel_scope.cancel()
             self._say_what_is_left()
             self._unmount()
@@ -238,14 +245,26 @@ class Daemon:
     async def _stop_on_signal(self) -> None:
         try:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-                async for number in signals:
-                    log.info("%s: ending", signal.Signals(number).name)
-                    pyfuse3.terminate()
-                    waits.end()
+                number = await anext(signals)
+                log.info("%s: ending", signal.Signals(number).name)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._wait_for_puts, nursery.cancel_scope)
+                    await anext(signals)
+                    nursery.cancel_scope.cancel()
         finally:
             # Cancelled because the background work failed: a mount without it takes bytes and never stores them.
             pyfuse3.terminate()
             waits.end()
+
+    async def _wait_for_puts(self, scope: trio.CancelScope) -> None:
+        """What is closed is put now, within STOP_SECONDS: only `umount` waits as long as it takes."""
+        with trio.move_on_after(STOP_SECONDS):
+            if self._ingest is not None and (waiting := self._ingest.waiting())[0]:
+                log.info("%d files (%d bytes) are not stored yet: waiting, at most %g s", *waiting, STOP_SECONDS)
+                while self._ingest.waiting()[0]:
+                    with trio.move_on_after(1):
+                        await self._ingest.uploader.progress.wait()
+        scope.cancel()
 
     def _unmount(self) -> None:
         if self._mounted:

@@ -100,24 +100,31 @@ class IngestFiles:
 
     # files
 
-    def open(self, inode: int, flags: int) -> StagedHandle:
-        """A handle on a file; O_TRUNC cuts it."""
+    async def open(self, inode: int, flags: int) -> StagedHandle:
+        """A handle on a file; O_TRUNC cuts it, as Linux does even where the handle can only read."""
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        if flags & os.O_TRUNC and not writable:
+            await self.set_size(inode, 0, None)
+        handle = self._open(inode, writable=writable)
+        if flags & os.O_TRUNC and writable:
+            try:
+                self.staged.truncate(handle.file, 0)
+            except BaseException:
+                self.staged.abandon(handle.file)
+                raise
+        return handle
+
+    def _open(self, inode: int, *, writable: bool) -> StagedHandle:
         node = self.tree.get(inode)
         if node.kind is Kind.DIRECTORY:
             raise IsADirectory("not a file")
-        writable = flags & os.O_ACCMODE != os.O_RDONLY
-        if writable or flags & os.O_TRUNC:
+        if writable:
             self.tree.check_writable(node)
-        file = self.staged.open(node, writable=writable)
-        if flags & os.O_TRUNC and writable:
-            try:
-                self.staged.truncate(file, 0)
-            except BaseException:
-                self.staged.abandon(file)
-                raise
-        return StagedHandle(file, writable)
+        return StagedHandle(self.staged.open(node, writable=writable), writable)
 
-    def create(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> tuple[StagedHandle, Node]:
+    async def create(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, *, flags: int = os.O_WRONLY
+    ) -> tuple[StagedHandle, Node]:
         """A new file and its first handle."""
         node = self.tree.create(parent, name, mode=mode, uid=uid, gid=gid)
         try:
@@ -126,14 +133,20 @@ class IngestFiles:
             self.tree.unlink(parent, name)  # no descriptor, no room: then no name either
             raise
         failpoint("file.created")
-        return StagedHandle(file, writable=True), node
+        handle = StagedHandle(file, writable=True)
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            return handle, node
+        # Nobody writes through it: it must not hold up a publish.
+        reader = self._open(node.inode, writable=False)
+        await self.staged.release(file, writable=True)
+        return reader, node
 
     async def set_size(self, inode: int, size_bytes: int, handle: StagedHandle | None) -> None:
         """truncate and ftruncate."""
         if handle is not None and handle.writable:
             self.staged.truncate(handle.file, size_bytes)
             return
-        temporary = self.open(inode, os.O_WRONLY)
+        temporary = self._open(inode, writable=True)
         try:
             self.staged.truncate(temporary.file, size_bytes)
         finally:

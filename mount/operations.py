@@ -199,7 +199,7 @@ class CastoreOperations(pyfuse3.Operations):
         files = self._writable(parent_inode)
         if not stat.S_ISREG(mode):
             raise NotPermitted("devices, sockets and fifos cannot be packaged")
-        handle, node = files.create(parent_inode, name, mode, ctx.uid, ctx.gid)
+        handle, node = await files.create(parent_inode, name, mode, ctx.uid, ctx.gid)
         await self._release_staged(handle)
         return of_node(node)
 
@@ -301,7 +301,7 @@ class CastoreOperations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         tree = self._of(inode)
         if isinstance(tree, IngestFiles):
-            return pyfuse3.FileInfo(fh=self.handles.add(tree.open(inode, flags)))
+            return pyfuse3.FileInfo(fh=self.handles.add(await tree.open(inode, flags)))
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise ReadOnly("published files do not change")
         if isinstance(tree, ControlTree):
@@ -320,7 +320,8 @@ class CastoreOperations(pyfuse3.Operations):
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        handle, node = self._writable(parent_inode).create(parent_inode, name, mode, ctx.uid, ctx.gid)
+        files = self._writable(parent_inode)
+        handle, node = await files.create(parent_inode, name, mode, ctx.uid, ctx.gid, flags=flags)
         return pyfuse3.FileInfo(fh=self.handles.add(handle)), of_node(node)
 
     @deadlined

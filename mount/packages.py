@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pyfuse3
 
 from castore.blobs.reader import BlobReader
+from castore.blobs.siblings import Place
 from castore.catalog.reader import CatalogReader
 from castore.catalog.records import Entry, Kind, Package, PackageName
 from castore.errors import IsADirectory, NoAttribute, NotASymlink, NotFound
@@ -120,10 +121,10 @@ class PackagesTree:
         entry = self._catalog.lookup(parent, name)
         if entry is not None:
             return self._of_entry(entry)
+        if self._catalog.entry(parent) is not None:
+            return absent(IMMUTABLE_SECONDS)  # below a published VERSION
         above = self.name_of(parent)
-        if above is None:
-            return absent(IMMUTABLE_SECONDS)
-        if name == LATEST and above.latest_version:
+        if above is not None and name == LATEST and above.latest_version:
             return self._of_latest(above)
         return absent(ABSENT_SECONDS)
 
@@ -170,14 +171,14 @@ class PackagesTree:
         entry = self._catalog.entry(inode)
         if entry is None or entry.kind is not Kind.FILE:
             raise NotFound("no such file") if entry is None else IsADirectory("not a file")
-        return self.open_blob(entry.blob_id)
+        return self.open_blob(entry.blob_id, Place(entry.parent_id, entry.entry_id, entry.name))
 
-    def open_blob(self, blob_id: int) -> BlobHandle:
-        """Open a blob by its number."""
+    def open_blob(self, blob_id: int, place: Place | None = None) -> BlobHandle:
+        """Open a blob by its number, as the file that is at `place`."""
         blob = self._catalog.blob(blob_id)
         if blob is None:
             raise NotFound("no such blob")
-        return BlobHandle(self._blobs.open(blob))
+        return BlobHandle(self._blobs.open(blob, place))
 
     def attribute(self, inode: int, name: bytes) -> bytes:
         """An extended attribute: a computed one, or one that the publisher set. Raises NoAttribute."""

@@ -89,6 +89,8 @@ ca_bundle = "authorities.pem"
 connect_timeout = "1500ms"
 read_timeout = "1min"
 max_connections = 7
+transfer = "aioboto3"
+block_digest = "sha256"
 [routing]
 default = "local"
 [[routing.rules]]
@@ -111,6 +113,7 @@ listen = "[::]:0"
     assert (config.ingest.publish_wait_seconds, config.ingest.sync_wait_seconds) == (0.5, 7200.0)
     assert (config.ingest.staging_max_bytes, config.ingest.max_bytes_per_user) == (1000, 10_000_000)
     assert config.ingest.keep_owner is True
+    assert config.block_digest == "sha256", "one of the backends wants it"
     assert list(config.backends) == ["local", "rgw"]
     assert config.backends["local"] == LocalSettings("local", tmp_path / "sub/objects")
     assert config.backends["rgw"] == S3Settings(
@@ -132,6 +135,8 @@ listen = "[::]:0"
         connect_timeout_seconds=1.5,
         read_timeout_seconds=60.0,
         max_connections=7,
+        transfer="aioboto3",
+        block_digest="sha256",
     )
     assert [settings.backend_type for settings in config.backends.values()] == ["local", "s3"]
     assert config.routing.default == "local"
@@ -167,7 +172,8 @@ def test_defaults_of_an_s3_backend(tmp_path: Path) -> None:
     assert settings.endpoint_url == "https://rgw.example.internal:8080"
     assert (settings.region, settings.key_prefix, settings.storage_class) == ("us-east-1", "castore", "STANDARD")
     assert (settings.sse, settings.sse_kms_key_id, settings.session_token_ref, settings.ca_bundle) == (None,) * 4
-    assert settings.addressing_style == "path"
+    assert (settings.addressing_style, settings.transfer) == ("path", "native")
+    assert settings.block_digest == "xxh3-64"
     assert (settings.connect_timeout_seconds, settings.read_timeout_seconds, settings.max_connections) == (
         5.0,
         30.0,
@@ -298,6 +304,13 @@ BAD = {
     "long time to connect": (S3 + 'connect_timeout = "31s"\n', "backends.rgw.connect_timeout", "'31s'", 'most "30s"'),
     "bare number of seconds": (S3 + "read_timeout = 5\n", "backends.rgw.read_timeout", "= 5", "a duration such as"),
     "long silence": (S3 + 'read_timeout = "1h"\n', "backends.rgw.read_timeout", "'1h'", 'at most "10min"'),
+    "unknown block_digest": (
+        '[backends.local]\ntype = "local"\npath = "o"\nblock_digest = "md5"\n',
+        "backends.local.block_digest",
+        "'md5'",
+        'one of "xxh3-64", "sha256"',
+    ),
+    "unknown transfer": (S3 + 'transfer = "curl"\n', "backends.rgw.transfer", "'curl'", 'one of "native", "aioboto3"'),
     "no connections": (S3 + "max_connections = 0\n", "backends.rgw.max_connections", "= 0", "an integer from 1 to 512"),
     "connections as text": (S3 + 'max_connections = "7"\n', "backends.rgw.max_connections", "'7'", "an integer"),
     "small parts": (S3 + 'multipart_chunk_bytes = "1MiB"\n', "backends.rgw.multipart_chunk_bytes", "'1MiB'", "5242880"),

@@ -6,7 +6,8 @@ Its form is that of `application/health+json` (draft-inadarei-api-health-check-0
   reached is the only one that some package was published to; the catalog has locations in a backend that is not
   configured; the catalog cannot be read.
 - warn: other failed locations, other backends that cannot be reached; a location that was neither verified nor stored
-  for VERIFY_WITHIN_DAYS; staging nearly full; puts that failed; whatever the backends warn of; something castore
+  for VERIFY_WITHIN_DAYS; staging nearly full; puts that failed; versions of ingest/ that
+  nobody changes or publishes; whatever the backends warn of; something castore
   relies on that a backend's last probe did not find.
 """
 
@@ -35,6 +36,8 @@ VERIFY_WITHIN_DAYS: Final = 30
 """A monthly scrub is what people run; rot that is older than backups is not mended."""
 STAGING_NEARLY_FULL: Final = 0.9
 """Part of `ingest.staging_max_bytes`: leaves time to react before writers meet `no space left on device`."""
+EXPIRED_NAMED: Final = 20
+"""Versions that a check names; `castore status` names all."""
 ANSWER_SECONDS: Final = 1.0
 """A document this young is given again."""
 
@@ -52,6 +55,8 @@ class QueueState:
     staging_max_bytes: int
     waiting_files: int
     failed_files: int
+    expired: tuple[str, ...] = ()
+    """Versions in which nothing changed for `ingest.expire_after`."""
 
 
 def queue_state(ingest: Ingest) -> QueueState:
@@ -62,6 +67,7 @@ def queue_state(ingest: Ingest) -> QueueState:
         staging_max_bytes=ingest.files.max_bytes,
         waiting_files=sum(count for state, count in files.items() if state not in ("stored", "failed")),
         failed_files=files.get("failed", 0),
+        expired=tuple(each.ref for each in ingest.expiry.expired),
     )
 
 
@@ -126,6 +132,7 @@ class HealthDocument:
             checks["staging:utilization"] = [_staging_check(queue)]
             checks["queue:waiting"] = [_check("pass", queue.waiting_files, "files")]
             checks["queue:failed"] = [_queue_check(queue)]
+            checks["ingest:expired"] = [_expired_check(queue)]
         if self.notices:
             checks["service:notices"] = [_check("warn", output=notice) for notice in self.notices]
         document: dict[str, Any] = {
@@ -245,6 +252,12 @@ def _staging_check(queue: QueueState) -> dict[str, Any]:
 def _queue_check(queue: QueueState) -> dict[str, Any]:
     output = "puts of staged files failed, and are tried again: see `castore status`" if queue.failed_files else ""
     return _check("warn" if queue.failed_files else "pass", queue.failed_files, "files", output=output)
+
+
+def _expired_check(queue: QueueState) -> dict[str, Any]:
+    named = ", ".join(queue.expired[:EXPIRED_NAMED])
+    output = f"nothing changed in them for ingest.expire_after: {named}" if named else ""
+    return _check("warn" if named else "pass", len(queue.expired), "versions", output=output)
 
 
 def _worst(statuses: Iterable[str]) -> str:

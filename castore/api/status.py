@@ -91,8 +91,12 @@ class StatusDocument:
         queue = {state: {"file_count": 0, "size_bytes": 0} for state in STATES}
         for count in ingest.store.state_counts():
             queue[count.state] = {"file_count": count.file_count, "size_bytes": count.size_bytes}
+        queue["receiving"]["size_bytes"] = max(0, queue["receiving"]["size_bytes"] + ingest.files.unnoted_bytes())
         return {
             "queue": queue,
+            "rate": asdict(ingest.uploader.rate.rate()),
+            "eta_s": ingest.eta_seconds(),
+            "expired": [asdict(each) for each in ingest.expiry.expired],
             "staged_bytes": ingest.files.staged_bytes,
             "staging_max_bytes": ingest.files.max_bytes,
             "versions": [_version(ingest, *version) for version in ingest.store.versions()],

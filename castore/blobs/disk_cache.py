@@ -6,7 +6,6 @@ written is not kept. Blocks that it gives are checked.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from collections import deque
@@ -84,7 +83,8 @@ class DiskCache:
     """One folder of cached blocks, shared with other processes. `run` has to run for it to be filled.
 
     `same_disk` holds the backends whose blocks are not worth a copy: they lie on the cache's own disk. Blobs of at most
-    `tiny_bytes` are in `tiny` and not in a file. Unless it `is_seeded`, it takes nothing from staging.
+    `tiny_bytes` are in `tiny` and not in a file. Staged files of that size are worth being kept when it `seeds`, and
+    larger ones are taken over when it `adopts`.
     """
 
     def __init__(
@@ -95,16 +95,17 @@ class DiskCache:
         same_disk: frozenset[str] = frozenset(),
         tiny: TinyBlobs | None = None,
         tiny_bytes: int = 0,
-        is_seeded: bool = True,
+        seeds: bool = True,
+        adopts: bool = True,
     ) -> None:
         self.stats = ReadStats()
         self.same_disk = same_disk
         self._tiny = tiny
         self._tiny_bytes = tiny_bytes
         self._tiny_used_bytes = 0
-        self.seed_bytes = tiny_bytes if is_seeded and tiny is not None else 0
+        self.seed_bytes = tiny_bytes if seeds and tiny is not None else 0
         """Files of up to so many bytes are worth keeping when they are staged."""
-        self._is_seeded = is_seeded
+        self._adopts = adopts
         self._files = files
         self._room = CacheRoom(files, max_bytes)
         self._blocks = CacheWriter(files)
@@ -241,15 +242,13 @@ class DiskCache:
 
     def adopt(self, summary: BlobSummary, source: Path) -> None:
         """Take over a staged file that is not needed any more, if it is worth it and there is room; else leave it."""
-        if not self._is_seeded or summary.size_bytes <= self.seed_bytes or trio.current_time() < self._write_again_at:
+        if not self._adopts or summary.size_bytes <= self.seed_bytes or trio.current_time() < self._write_again_at:
             return
         if not self._files.fits(summary) or not self._room.has(summary.size_bytes):
             return
         try:
             self._files.adopt(summary, source)
         except OSError as exc:
-            if exc.errno == errno.EXDEV:
-                self._is_seeded = False  # staging is on another file system: reads will fill the cache
             _log.debug("%s is not taken over from staging: %s", summary.digest, exc)
             return
         self._room.took(summary.size_bytes)
@@ -374,13 +373,15 @@ def open_disk_cache(config: Config) -> DiskCache | None:
     files = CacheFiles(settings.dir)
     files.prepare()
     same_disk = same_disk_backends(config)
+    seeds = settings.seed and bool(config.backends.keys() - same_disk)
     return DiskCache(
         files,
         settings.max_bytes,
         same_disk=same_disk,
         tiny=open_tiny_blobs(config),
         tiny_bytes=settings.tiny_bytes,
-        is_seeded=settings.seed and bool(config.backends.keys() - same_disk),
+        seeds=seeds,
+        adopts=seeds and _on_one_disk(config.store.state_dir, settings.dir),
     )
 
 

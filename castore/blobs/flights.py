@@ -107,6 +107,7 @@ class Flights:
         """From the disk cache, and what that lacks from a backend, which the cache keeps then."""
         cache, summary = self._cache, blob.summary
         if cache is None:
+            span.fetched = True
             await self._fetcher.fill(blob, span.first, span.buffer)
             return
         try:
@@ -116,7 +117,7 @@ class Flights:
             missing = [(span.first, span.end)]
         if not missing:
             return
-        missing = _few(missing)
+        missing, span.fetched = _few(missing), True
         backend_id = await self._fetcher.fill(blob, span.first, span.buffer, missing=missing)
         if backend_id not in cache.same_disk:
             for first, end in missing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Final
 
 import trio
@@ -25,14 +26,25 @@ _log = logging.getLogger(__name__)
 
 
 class OpenBlob:
-    """A handle on one blob, for any number of concurrent reads. What is prefetched follows the reads of this handle."""
+    """A handle on one blob, for any number of concurrent reads. What is prefetched follows the reads of this handle.
 
-    __slots__ = ("_ahead", "_blob", "_block_count", "_flights", "_known", "_pattern", "_streaming")
+    `on_first_read(waited, fetched)` is called once, when bytes are given out: whether they were not in memory when they
+    were asked for, and whether a backend had to give some of what memory has of them.
+    """
 
-    def __init__(self, blob: Blob, known: KnownBlob, flights: Flights) -> None:
+    __slots__ = ("_ahead", "_blob", "_block_count", "_flights", "_known", "_on_first_read", "_pattern", "_streaming")
+
+    def __init__(
+        self,
+        blob: Blob,
+        known: KnownBlob,
+        flights: Flights,
+        on_first_read: Callable[[bool, bool], None] | None = None,
+    ) -> None:
         self._blob = blob
         self._known = known
         self._flights = flights
+        self._on_first_read = on_first_read
         self._pattern = ReadPattern()
         self._block_count = -(-known.size_bytes // known.block_size)
         self._streaming = False
@@ -57,10 +69,14 @@ class OpenBlob:
             spans = self._cover(first, last)
             if tries == 0:
                 self._prefetch(offset, end)
+            waited = not all(span.done.is_set() for span in spans)
             for span in spans:
                 await span.done.wait()
             failed = next((span for span in spans if span.error is not None), None)
             if failed is None:
+                if self._on_first_read is not None:
+                    self._on_first_read(waited, any(span.fetched for span in spans))
+                    self._on_first_read = None
                 slices = [span.view[max(0, offset - span.offset) : end - span.offset] for span in spans]
                 return slices[0] if len(slices) == 1 else b"".join(slices)
             self._pattern.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from weakref import WeakValueDictionary
 
 import trio
@@ -13,6 +14,8 @@ from castore.blobs.flights import Flights
 from castore.blobs.idle import forget_when_idle
 from castore.blobs.memory import MEMORY_BYTES, KnownBlob, SpanMemory
 from castore.blobs.open_blob import OpenBlob
+from castore.blobs.sibling_flights import SiblingFlights
+from castore.blobs.siblings import SIBLING_BYTES, Following, Place
 from castore.blobs.stats import ReadStats
 from castore.catalog.reader import CatalogReader
 from castore.catalog.records import Blob
@@ -26,7 +29,8 @@ class BlobReader:
     `backends` are in configuration order, each with deadlines of its own. `memory_bytes` bounds the blocks that are
     kept for the next read; nothing is allocated before it is needed. `on_bad_location(digest, backend_id, reason)` is
     awaited when a location that counted as good gives missing or wrong bytes, once in `REPORT_INTERVAL_S` for each.
-    `cache` is looked at before a backend is asked, filled with what they gave, and run along.
+    `cache` is looked at before a backend is asked, filled with what they gave, and run along. `following` tells which
+    files come after one, so that small files are fetched before they are asked for; without it, they are not.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class BlobReader:
         memory_bytes: int = MEMORY_BYTES,
         on_bad_location: BadLocation,
         cache: DiskCache | None = None,
+        following: Following | None = None,
     ) -> None:
         self.cache = cache
         self.stats = ReadStats() if cache is None else cache.stats
@@ -45,6 +50,7 @@ class BlobReader:
         self._flights = Flights(fetcher, self._memory, self.stats, cache)
         # By what the bytes and their checks are, never by blob_id: that may be given anew after its blob was deleted.
         self._known: WeakValueDictionary[tuple[Digest, int, str], KnownBlob] = WeakValueDictionary()
+        self._siblings = None if following is None else SiblingFlights(self._flights, following, self._known_of)
 
     @property
     def kept_bytes(self) -> int:
@@ -62,13 +68,24 @@ class BlobReader:
             nursery.start_soon(forget_when_idle, self._memory, self.stats)
             if self.cache is not None:
                 nursery.start_soon(self.cache.run)
+            if self._siblings is not None:
+                nursery.start_soon(self._siblings.run)
             await self._flights.run(task_status=task_status)
 
-    def open(self, blob: Blob) -> OpenBlob:
-        """A handle on the blob. Asks neither the catalog nor a backend; close it when done."""
+    def open(self, blob: Blob, place: Place | None = None) -> OpenBlob:
+        """A handle on the blob. Asks neither the catalog nor a backend; close it when done.
+
+        `place` is that of the file that is opened: the files after it may be fetched ahead.
+        """
+        on_first_read = None
+        if self._siblings is not None and place is not None and blob.summary.size_bytes <= SIBLING_BYTES:
+            on_first_read = partial(self._siblings.read, place)
+        return OpenBlob(blob, self._known_of(blob), self._flights, on_first_read)
+
+    def _known_of(self, blob: Blob) -> KnownBlob:
         summary = blob.summary
         key = (summary.digest, summary.block_size_bytes, summary.checksum_algorithm)
         known = self._known.get(key)
         if known is None:
             known = self._known[key] = KnownBlob(summary.size_bytes, summary.block_size_bytes)
-        return OpenBlob(blob, known, self._flights)
+        return known

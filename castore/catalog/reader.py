@@ -27,6 +27,9 @@ _ENTRY: Final = (
     "entry_id, parent_id, name, inode, kind, mode, uid, gid, mtime_ns, ctime_ns, size_bytes, nlink, blob_id, target"
 )
 _BLOB: Final = "blob_id, algorithm, digest, size_bytes, block_size_bytes, checksum_algorithm, checksums"
+_BLOB_OF: Final = ", ".join(f"blobs.{column}" for column in _BLOB.split(", "))
+_LOOKED_AT: Final = 1024
+"""Entries among which the next directory is looked for: a quarter of a millisecond."""
 _NAME: Final = "name, inode, latest_inode, uid, gid, mode, mtime_ns, latest_version"
 _PACKAGE: Final = (
     "package_id, name, version, root_id, producer, retention_class, publisher_uid, published_at_ns, file_count, "
@@ -104,6 +107,33 @@ class CatalogReader:
             (parent_id, after, limit),
         )
         return [_entry(row) for row in rows]
+
+    def files_after(
+        self, parent_id: int, after: int | bytes, limit: int, largest_bytes: int
+    ) -> list[tuple[int, bytes, Blob | None]]:
+        """(entry_id, name, blob) of up to `limit` entries of a directory, in order of their names after a name, or of
+        their entry_ids after an entry_id. The blob is that of a file of 1 to `largest_bytes`, None for whatever else
+        there is, further names of a hard-linked file among it.
+        """
+        column = "name" if isinstance(after, bytes) else "entry_id"
+        rows = self._rows(
+            f"SELECT entry_id, name, {_BLOB_OF} FROM entries LEFT JOIN blobs ON blobs.blob_id = entries.blob_id AND "
+            f"blobs.size_bytes BETWEEN 1 AND ? AND inode = entry_id WHERE parent_id = ? AND {column} > ? "
+            f"ORDER BY {column} LIMIT ?",
+            (largest_bytes, parent_id, after, limit),
+        )
+        return [(row[0], row[1], None if row[2] is None else _blob(row[2:])) for row in rows]
+
+    def directory_after(self, parent_id: int, after: int | bytes) -> int | None:
+        """The inode of the first directory among the next 1024 entries of a directory, ordered as in `files_after`."""
+        column = "name" if isinstance(after, bytes) else "entry_id"
+        row = self._one(
+            f"SELECT inode FROM (SELECT inode, kind, {column} FROM entries WHERE parent_id = ? AND {column} > ? "
+            f"ORDER BY {column} LIMIT {_LOOKED_AT}) WHERE kind = {Kind.DIRECTORY} ORDER BY {column} LIMIT 1",
+            parent_id,
+            after,
+        )
+        return None if row is None else int(row[0])
 
     def attributes(self, inode: int) -> dict[bytes, bytes]:
         """The extended attributes that the publisher set."""

@@ -231,3 +231,17 @@ _WORKSPACE_1: Final = (
 def _workspace_first(db: Database) -> None:
     for statement in _WORKSPACE_1:
         db.execute(statement)
+
+
+_WORKSPACE_2: Final = (
+    # Versions that an import makes: the next import of the same version may change them.
+    """CREATE TABLE imports (
+        version_inode INTEGER PRIMARY KEY REFERENCES nodes (inode) ON DELETE CASCADE
+    )""",
+)
+
+
+@workspace_migrations(name="0002_imports")
+def _workspace_second(db: Database) -> None:
+    for statement in _WORKSPACE_2:
+        db.execute(statement)

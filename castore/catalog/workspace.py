@@ -265,6 +265,15 @@ class WorkspaceStore:
         )
         return [(row[0].decode(), row[1].decode(), row[2]) for row in rows]
 
+    def last_changes(self, now_ns: int) -> dict[int, int]:
+        """Version -> when something of it changed last. Times that users set ahead of now do not count."""
+        rows = self._execute(
+            "SELECT version_inode, max(max(ctime_ns, CASE WHEN mtime_ns <= ? THEN mtime_ns ELSE 0 END)) FROM nodes "
+            "WHERE version_inode <> 0 GROUP BY version_inode",
+            (now_ns,),
+        )
+        return dict(rows)
+
     def unlinked(self) -> list[Node]:
         """Nodes without a name: left open when a daemon ended."""
         return [_node(row) for row in self._execute(f"SELECT {_NODE} FROM nodes WHERE nlink = 0")]

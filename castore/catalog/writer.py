@@ -20,7 +20,7 @@ from castore.catalog import retiring
 from castore.catalog.connection import open_writer, sqlite_errors
 from castore.catalog.records import GOOD_STATUSES, FailureReason, LocationStatus, StoredProbe
 from castore.catalog.uses import packages_of
-from castore.digest import BlobSummary, Digest
+from castore.digest import SHA256_BLOCKS, BlobSummary, Digest
 from castore.events import Event, data_json
 
 T = TypeVar("T")
@@ -288,6 +288,19 @@ class Transaction:
             (version_inode, backend_id, *_GOOD),
         ).fetchone()
         return 0 if row is None else int(row[0])
+
+    def strengthen_checksums(self, version_inode: int) -> None:
+        """Where the attached workspace's version has sha256 checksums, and the catalog has others: take those."""
+        self._connection.executemany(
+            "UPDATE blobs SET block_size_bytes = ?, checksum_algorithm = ?, checksums = ? WHERE blob_id = ?",
+            self._execute(
+                # CROSS JOIN: never all blobs.
+                "SELECT node.block_size_bytes, node.checksum_algorithm, node.checksums, blob_id "
+                "FROM workspace.nodes AS node CROSS JOIN blobs USING (digest, algorithm) "
+                "WHERE version_inode = :version AND node.checksum_algorithm = :sha256 AND blobs.checksum_algorithm <> :sha256",
+                {"version": version_inode, "sha256": SHA256_BLOCKS},
+            ).fetchall(),
+        )
 
     def version_totals(self, version_inode: int) -> tuple[int, int]:
         """(number of file entries, bytes of all files) of the attached workspace's version."""

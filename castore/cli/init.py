@@ -37,6 +37,7 @@ dir = {cache_dir}
 # seed = true                     # whether what is published goes there at once: small files, and those of up to 8 MiB
 # tiny_bytes = "8KiB"             # blobs up to this size are kept in state_dir/tiny.db instead; 0: they are not
 # tiny_max_bytes = "1GiB"         # what that may take
+# prefetch_siblings = true        # whether small files are fetched ahead of who reads a directory file by file
 
 [ingest]
 # default_retention_class = "standard"
@@ -45,6 +46,7 @@ dir = {cache_dir}
 # staging_max_bytes = "100GiB"    # what all users together may have staged
 # max_bytes_per_user = 0          # what one user may have staged; 0: no bound of its own
 # keep_owner = false              # whether published files keep the owner and group they had
+# expire_after = "0s"             # report versions in which nothing changed for so long, such as "720h"; "0s": none
 
 [backends.local]
 type = "local"

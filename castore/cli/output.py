@@ -104,6 +104,21 @@ def format_bytes(size_bytes: int) -> str:
     return f"{size:.1f} {unit}" if size < 99.95 else f"{size:.0f} {unit}"
 
 
+def format_seconds(seconds: float) -> str:
+    """A duration in its two largest units: `8 s`, `2 min 5 s`, `3 h 20 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def eta(seconds: float | None) -> str:
+    """What a line of progress adds when it is known how long the rest takes."""
+    return "" if seconds is None else f", about {format_seconds(seconds)} left"
+
+
 def format_time_ns(time_ns: int) -> str:
     """A time as ISO 8601 in the local zone, to the second; `-` for 0, which means never."""
     if time_ns == 0:

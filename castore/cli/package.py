@@ -10,6 +10,7 @@ import click
 
 from castore.api.control_client import ControlClient
 from castore.cli.output import format_bytes, format_time_ns, print_columns, print_json, printable, text_fields
+from castore.cli.package_import import import_package
 from castore.cli.progress import progress
 from castore.cli.session import Session, common_options, json_option
 from castore.errors import NotFound
@@ -102,6 +103,9 @@ def publish(session: Session, ref: str, as_json: bool) -> None:
         print_json(result)
     else:
         click.echo(f"published {ref}")
+
+
+command.add_command(import_package)
 
 
 def _package_document(package: Package) -> dict[str, Any]:

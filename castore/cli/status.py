@@ -8,7 +8,7 @@ from typing import Any, Final
 import click
 
 from castore.api.control_client import ControlClient
-from castore.cli.output import format_bytes, print_columns, print_document, print_json, printable
+from castore.cli.output import eta, format_bytes, print_columns, print_document, print_json, printable
 from castore.cli.session import Session, common_options, json_option
 from castore.errors import StateError
 from castore.mountinfo import read_mounts
@@ -43,10 +43,26 @@ def command(session: Session, as_json: bool) -> int:
     if as_json:
         print_json(document)
     elif document["daemon"] is not None:
-        print_document(document["daemon"])
+        print_document(_shown(document["daemon"]))
     else:
         _print_catalog(document)
     return FOUND_SOMETHING_BAD if failed_count else 0
+
+
+def _shown(daemon: dict[str, Any]) -> dict[str, Any]:
+    """The daemon's document with its queue in two lines."""
+    if "queue" not in daemon or "rate" not in daemon:
+        return daemon
+    parts = [
+        f"{state} {count['file_count']}" + (f" ({format_bytes(count['size_bytes'])})" if count["size_bytes"] else "")
+        for state, count in daemon["queue"].items()
+    ]
+    rate = daemon["rate"]
+    speed = f"{rate['files_per_s']:g} files/s, {format_bytes(int(rate['bytes_per_s']))}/s"
+    left = daemon.get("eta_s")
+    shown = {**daemon, "queue": ", ".join(parts), "rate": speed + (eta(left) if left else "")}
+    del shown["eta_s"]
+    return shown
 
 
 def _read_catalog(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Final
 import click
 
 from castore.api.control_client import ControlClient
-from castore.cli.output import print_json, printable
+from castore.cli.output import eta, format_bytes, print_json, printable
 from castore.cli.progress import progress
 from castore.cli.session import common_options, json_option, mountpoint_argument
 from castore.errors import ConfigError, DeadlineExceeded, StateError
@@ -48,7 +48,8 @@ def command(mountpoint: Path, force: bool, timeout: str, as_json: bool) -> None:
     click.echo(f"unmounted {printable(str(mount.mountpoint))}{' (its daemon was dead)' if outcome['dead'] else ''}")
     if outcome["staged_files"]:
         click.echo(
-            f"{outcome['staged_files']} staged files are not stored yet: they stay in {mount.state_dir}, "
+            f"{outcome['staged_files']} staged files ({format_bytes(outcome['staged_bytes'])}) are not stored yet: "
+            f"they stay in {mount.state_dir}, "
             "and go on after the next mount"
         )
 
@@ -106,7 +107,7 @@ def _drain(client: ControlClient, mount: Mount, force: bool, seconds: float) -> 
                 left_bytes = int(snapshot.get("staged_bytes", 0))
                 most_bytes = max(most_bytes, left_bytes)
                 if most_bytes:
-                    files = f"{snapshot.get('staged_files', 0)} files to go"
+                    files = f"{snapshot.get('staged_files', 0)} files to go{eta(snapshot.get('eta_s'))}"
                     show(done_bytes=most_bytes - left_bytes, total_bytes=most_bytes, files=files)
 
             result = client.call("umount", on_progress, force=force, timeout_seconds=seconds)
@@ -114,7 +115,11 @@ def _drain(client: ControlClient, mount: Mount, force: bool, seconds: float) -> 
         wait_unmounted(mount, END_SECONDS)
         if daemon is not None:
             _wait_process(daemon, END_SECONDS - (time.monotonic() - started), mount)
-    return {"staged_files": int(result.get("staged_files", 0)), "dead": False}
+    return {
+        "staged_files": int(result.get("staged_files", 0)),
+        "staged_bytes": int(result.get("staged_bytes", 0)),
+        "dead": False,
+    }
 
 
 def _open_process(pid: int, stack: contextlib.ExitStack) -> int | None:
@@ -150,7 +155,7 @@ def _clear(mount: Mount, force: bool) -> dict[str, Any]:
         current = mount_at(mount.mountpoint)
         if current is not None and is_dead(current.mountpoint) is False:
             break
-    return {"staged_files": 0, "dead": dead is not False}
+    return {"staged_files": 0, "staged_bytes": 0, "dead": dead is not False}
 
 
 def _fusermount(mountpoint: Path, *, lazily: bool) -> None:

@@ -102,6 +102,13 @@ class StagedFiles:
             if node is not None:
                 file.version_inode = node.version_inode
 
+    def unnoted_bytes(self) -> int:
+        """By how much open files are larger than they were when last closed."""
+        dirty = [file for file in self._open.values() if file.is_dirty and not file.is_published]
+        return sum(
+            file.size_bytes - node.size_bytes for file in dirty if (node := self._store.node(file.inode)) is not None
+        )
+
     @property
     def staged_bytes(self) -> int:
         """Bytes of all staged files."""

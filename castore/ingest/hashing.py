@@ -56,12 +56,12 @@ def _run_all(jobs: list[_Job]) -> None:
         job.work()
 
 
-def hash_file(descriptor: int) -> BlobSummary:
-    """The summary of an open file's bytes, read from the disk. Raises OSError.
+def hash_file(descriptor: int, block_digest: str) -> BlobSummary:
+    """The summary of an open file's bytes, read from the disk, with checksums of that kind. Raises OSError.
 
     Blocking, for a thread of trio's: it ends with its task, since a large file may take many minutes.
     """
-    hasher = BlobHasher()
+    hasher = BlobHasher(checksum_algorithm=block_digest)
     offset = 0
     while chunk := os.pread(descriptor, _READ_BYTES, offset):
         trio.from_thread.check_cancelled()

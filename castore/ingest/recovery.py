@@ -10,6 +10,7 @@ from pathlib import Path
 from castore.catalog.records import Kind
 from castore.catalog.workspace import Publishing, WorkspaceStore
 from castore.catalog.writer import CatalogWriter, Transaction
+from castore.digest import SHA256_BLOCKS
 from castore.ingest.files import StagedFiles
 from castore.ingest.publisher import Publisher
 from castore.registry.routing import Router
@@ -24,6 +25,7 @@ async def recover_names(
     writer: CatalogWriter,
     publisher: Publisher,
     manifests: Path,
+    block_digest: str,
 ) -> list[Publishing]:
     """Make names, sizes and states right, before anything can be looked up. Takes time by entries, not by bytes.
 
@@ -41,6 +43,8 @@ async def recover_names(
     with store.transaction():
         for state in ("uploading", "failed"):
             store.restage(state=state)
+        if block_digest == SHA256_BLOCKS:
+            store.clear_summaries(but=block_digest)  # files that were closed before the setting was made
         for node in store.receiving():
             files.measure(node)
     _compare_with_disk(store, files)

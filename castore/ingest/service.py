@@ -16,6 +16,7 @@ from castore.catalog.workspace import Publishing, WorkspaceStore
 from castore.catalog.writer import CatalogWriter
 from castore.config import Config
 from castore.errors import StateError
+from castore.ingest.expiry import ExpiryWatch
 from castore.ingest.files import StagedFiles
 from castore.ingest.hashing import HashQueue
 from castore.ingest.inode_numbers import InodeNumbers
@@ -98,6 +99,7 @@ class Ingest:
             leftovers=self.leftovers,
             owner=self._owner,
         )
+        self.expiry = ExpiryWatch(self.store, files=self.files, after_seconds=config.ingest.expire_after_seconds)
         self.publisher = Publisher(
             self.store,
             tree=self.tree,
@@ -131,6 +133,7 @@ class Ingest:
             nursery.start_soon(self.files.run)
             nursery.start_soon(self.uploader.run)
             nursery.start_soon(self.leftovers.remove_of_the_dead)
+            nursery.start_soon(self.expiry.run)
             await recover_bytes(
                 self.store,
                 self._unfinished_publishes,
@@ -150,6 +153,16 @@ class Ingest:
         """(files, bytes) that are not stored yet, failed ones among them."""
         rest = [count for count in self.store.state_counts() if count.state != "stored"]
         return sum(count.file_count for count in rest), sum(count.size_bytes for count in rest)
+
+    def waiting(self) -> tuple[int, int]:
+        """(files, bytes) that are put, or wait for their turn: what goes on without being asked for."""
+        rest = [count for count in self.store.state_counts() if count.state in ("staged", "uploading")]
+        return sum(count.file_count for count in rest), sum(count.size_bytes for count in rest)
+
+    def eta_seconds(self) -> float | None:
+        """How long the queue takes at the rate of the last seconds; None when nothing moves."""
+        seconds = self.uploader.rate.rate().seconds_for(*self.waiting())
+        return None if seconds is None else round(seconds, 1)
 
     def close(self) -> None:
         """After `run` ended: close files and the workspace."""

@@ -15,6 +15,7 @@ from typing import Final
 from castore.catalog.reader import CatalogReader
 from castore.catalog.records import Kind
 from castore.catalog.workspace import Node, WorkspaceStore
+from castore.digest import BlobSummary
 from castore.errors import (
     AlreadyExists,
     AttributeTooLarge,
@@ -45,6 +46,9 @@ ATTRIBUTE_VALUE_MAX: Final = 64 * 1024
 """Linux's own limits, in bytes: NAME_MAX, PATH_MAX without its end, XATTR_SIZE_MAX."""
 ATTRIBUTES_TOTAL_MAX: Final = 64 * 1024
 """Bytes of all names and values of one entry, XATTR_LIST_MAX: they become rows of the catalog."""
+
+_TIME_MAX_NS: Final = 2**63 - 1
+"""The largest integer of a column of the workspace and the catalog."""
 
 PRODUCER: Final = b"user.castore.producer"
 RETENTION_CLASS: Final = b"user.castore.retention_class"
@@ -171,6 +175,30 @@ class IngestTree:
         above = self._inside_version(parent)
         inode = self._numbers.take()
         return self._insert(above, parent, name, inode, above.version_inode, Kind.FILE, mode=mode, uid=uid, gid=gid)
+
+    def new_inode(self) -> int:
+        """A number for `add_staged`. Raises CatalogBusy when none is left."""
+        return self._numbers.take()
+
+    def add_staged(
+        self,
+        parent: int,
+        name: bytes,
+        inode: int,
+        *,
+        mode: int,
+        uid: int,
+        gid: int,
+        mtime_ns: int,
+        summary: BlobSummary,
+    ) -> Node:
+        """Name a file whose bytes lie in staging already, under a number of `new_inode`: it is `staged` at once."""
+        above = self._inside_version(parent)
+        with self._store.transaction():
+            self._insert(above, parent, name, inode, above.version_inode, Kind.FILE, mode=mode, uid=uid, gid=gid)
+            self._store.set_summary(inode, summary)
+            self._store.update_node(inode, mtime_ns=mtime_ns)
+        return self.get(inode)
 
     def symlink(self, parent: int, name: bytes, target: bytes, *, uid: int, gid: int) -> Node:
         """Make a symbolic link in a version."""
@@ -369,7 +397,10 @@ class IngestTree:
         gid: int | None = None,
         mtime_ns: int | None = None,
     ) -> Node:
-        """chmod, chown, utimens. Set-uid bits are dropped, set-gid is kept on directories only."""
+        """chmod, chown, utimens. Set-uid bits are dropped, set-gid is kept on directories only.
+
+        A time outside 1677 to 2262 becomes the nearest inside, as file systems do with what they cannot hold.
+        """
         node = self.get(inode)
         self.check_writable(node)
         columns: dict[str, int] = {"ctime_ns": time.time_ns()}
@@ -382,7 +413,7 @@ class IngestTree:
         if gid is not None:
             columns["gid"] = gid
         if mtime_ns is not None:
-            columns["mtime_ns"] = mtime_ns
+            mtime_ns = columns["mtime_ns"] = max(-_TIME_MAX_NS, min(mtime_ns, _TIME_MAX_NS))
             open_file = self._files.open_file(inode)
             if open_file is not None:
                 open_file.set_mtime(mtime_ns)
@@ -397,7 +428,8 @@ class IngestTree:
         return node.target
 
     def attribute(self, inode: int, name: bytes) -> bytes:
-        """An extended attribute that a user set. Raises NoAttribute."""
+        """An extended attribute that a user set. Raises NoAttribute, InvalidName."""
+        _check_has_name(name)
         value = self._store.attributes(inode).get(name)
         if value is None:
             raise NoAttribute("no such attribute")
@@ -408,11 +440,15 @@ class IngestTree:
         return sorted(self._store.attributes(inode))
 
     def set_attribute(self, inode: int, name: bytes, value: bytes) -> None:
-        """Set `user.*`; of `user.castore.*` only producer and retention_class, on a VERSION directory."""
+        """Set `user.*`; of `user.castore.*` only producer and retention_class, on a VERSION directory.
+
+        Raises NotSupported, NotPermitted, InvalidName, AttributeTooLarge.
+        """
         node = self.get(inode)
         self.check_writable(node)
         if not name.startswith(b"user."):
             raise NotSupported("only attributes in user.* are kept")
+        _check_has_name(name)
         if name in (PRODUCER, RETENTION_CLASS):
             if not node.is_version:
                 raise NotPermitted(f"{name.decode()} is set on ingest/NAME/VERSION")
@@ -428,7 +464,8 @@ class IngestTree:
             self._attribute_changed(node, name)
 
     def remove_attribute(self, inode: int, name: bytes) -> None:
-        """Remove an attribute that a user set. Raises NoAttribute."""
+        """Remove an attribute that a user set. Raises NoAttribute, InvalidName."""
+        _check_has_name(name)
         node = self.get(inode)
         self.check_writable(node)
         with self._store.transaction():
@@ -484,6 +521,12 @@ def _kept_mode(mode: int, kind: Kind) -> int:
     if kind is Kind.DIRECTORY:
         kept |= stat.S_ISGID | stat.S_ISVTX
     return mode & kept
+
+
+def _check_has_name(attribute: bytes) -> None:
+    """Raise InvalidName where nothing follows `user.`, as other file systems do."""
+    if attribute == b"user.":
+        raise InvalidName("an attribute needs a name behind `user.`")
 
 
 def check_label(name: bytes, value: bytes) -> None:

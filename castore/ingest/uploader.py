@@ -25,6 +25,7 @@ from castore.ingest.files import StagedFiles
 from castore.ingest.labels import LabelReader
 from castore.ingest.leftovers import Leftovers
 from castore.ingest.pulse import Signal
+from castore.ingest.rate import RateWindow
 from castore.registry.routing import Route, Router
 from castore.storage.source import FileSource
 from castore.storage.spi import StorageBackend
@@ -108,6 +109,7 @@ class Uploader:
         self._results, self._result_queue = trio.open_memory_channel[_Result](IN_FLIGHT_FILES)
         self._retry_seconds = 0.0
         self._failing = trio.Event()
+        self.rate = RateWindow()
         self.progress = Signal()
         """Pulsed whenever files became stored or failed."""
 
@@ -299,6 +301,7 @@ class Uploader:
             self._file_count -= len(upload.inodes)
             if upload.error is None:
                 self._retry_seconds = 0.0
+                self.rate.add(len(upload.inodes), len(upload.inodes) * upload.summary.size_bytes)
             elif is_failed:
                 log.warning("put of %s failed: %s", digest, upload.error)
                 if upload.error.temporary:

@@ -6,13 +6,12 @@ stream gives out fresh bytes for each piece.
 
 from __future__ import annotations
 
-import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import BinaryIO, Final
+from typing import Final
 
 import trio
 
@@ -38,10 +37,6 @@ class UnsafeConnection(TransferError):
 
 class ConnectionBroke(TransferError):
     """The connection ended, or what came over it is not HTTP."""
-
-
-class BodyEnded(TransferError):
-    """A file to send is shorter than it was said to be."""
 
 
 class NoAnswer(TransferError):
@@ -85,11 +80,6 @@ class Connection:
             return cls(sock, timeout_s)
         raise ConnectTimeout(f"no connection within {connect_timeout_s:.1f} s")
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether bytes go over the wire as they are."""
-        return not isinstance(self._sock, ssl.SSLSocket)
-
     async def send(self, data: bytes | memoryview) -> None:
         """Send all of it. Raises ConnectionBroke, or NoAnswer when the server takes nothing for too long."""
         # The views are released here, whatever happens: else the traceback of a cancellation would hold the buffer.
@@ -98,19 +88,6 @@ class Connection:
             while sent < len(view):
                 with view[sent:] as rest:
                     sent += await self._do(partial(self._sock.send, rest), trio.lowlevel.wait_writable)
-
-    async def send_file(self, file: BinaryIO, offset: int, size: int) -> None:
-        """Send `size` bytes of a file from `offset` on, without copying them; over plain connections only.
-
-        Raises ConnectionBroke and NoAnswer as `send` does, and BodyEnded when the file is shorter.
-        """
-        sent = 0
-        while sent < size:
-            step = partial(os.sendfile, self._sock.fileno(), file.fileno(), offset + sent, size - sent)
-            count = await self._do(step, trio.lowlevel.wait_writable)
-            if not count:
-                raise BodyEnded(f"the file to send ends {size - sent} bytes early")
-            sent += count
 
     async def receive_into(self, view: memoryview) -> int:
         """Some bytes into `view`, which is not empty; how many, and 0 at the connection's end.

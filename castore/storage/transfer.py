@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import BinaryIO, Final
+from typing import Final
 
 import h11
 import trio
@@ -40,19 +40,7 @@ class Request:
     method: str
     target: str
     headers: Mapping[str, str] = field(repr=False)
-    body: memoryview | FilePart | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class FilePart:
-    """Bytes of an open file to send, which are not copied on the way. Only for connections without TLS."""
-
-    file: BinaryIO
-    offset: int
-    size_bytes: int
-
-    def __len__(self) -> int:
-        return self.size_bytes
+    body: memoryview | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +186,7 @@ class _Exchange:
             headers.append(("Expect", "100-continue"))
         head = self._protocol.send(h11.Request(method=request.method, target=request.target, headers=headers))
         assert head is not None, "h11 makes bytes of a request"
-        if body is None or (isinstance(body, memoryview) and len(body) <= _JOINED_BYTES):
+        if body is None or len(body) <= _JOINED_BYTES:
             await connection.send(head if body is None else b"".join((head, body)))
             await connection.answer_begins()
             return True, await self._final_head()
@@ -209,10 +197,7 @@ class _Exchange:
                 if isinstance(said, h11.Response):
                     return False, said
         try:
-            if isinstance(body, FilePart):
-                await connection.send_file(body.file, body.offset, len(body))
-            else:
-                await connection.send(body)
+            await connection.send(body)
         except ConnectionBroke:
             # Whoever refuses a body may answer and hang up at once. That answer says more than the broken pipe.
             try:

@@ -61,7 +61,7 @@ async def test_all_is_well(store: PublishedStore, look: Look) -> None:
     assert document["serviceId"] == store.reader.catalog_id()
     assert set(document["checks"]) == {
         *("catalog:responseTime", "backend:responseTime", "backend:verificationAge", "locations:failed"),
-        *("blobs:unreadable", "staging:utilization", "queue:waiting", "queue:failed"),
+        *("blobs:unreadable", "staging:utilization", "queue:waiting", "queue:failed", "ingest:expired"),
     }
     assert [check["componentId"] for check in document["checks"]["backend:responseTime"]] == ["first", "second"]
     (staging,) = document["checks"]["staging:utilization"]

@@ -1,6 +1,6 @@
 """How much the ways to an S3 server cost: this project's two, and a bare client. Tests nothing; see docs/BENCHMARKS.md.
 
-python -m tests.storage.s3.bench_transfer DIR [--rounds N] [--json FILE]
+python -m tests.bench.transfer DIR [--rounds N] [--json FILE]
 
 Each contender is a process of its own, which lives through all rounds; in each round every contender does every
 piece of work in turn, so that a busy host disturbs all alike.
@@ -240,7 +240,7 @@ class Contender:
     def __init__(self, name: str, endpoint_url: str, folder: Path) -> None:
         self.name = name
         self.figures: dict[str, list[dict[str, float]]] = {}
-        command = [sys.executable, "-m", "tests.storage.s3.bench_transfer", str(folder), "--serve", name, endpoint_url]
+        command = [sys.executable, "-m", "tests.bench.transfer", str(folder), "--serve", name, endpoint_url]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def work(self, piece: str, *, counts: bool) -> None:

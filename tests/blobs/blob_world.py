@@ -9,12 +9,14 @@ from typing import TypeVar
 
 import trio
 
+from castore.blobs.disk_cache import DiskCache
 from castore.blobs.memory import MEMORY_BYTES
 from castore.blobs.open_blob import OpenBlob
 from castore.blobs.reader import BlobReader
+from castore.blobs.siblings import Following
 from castore.catalog.connection import create_catalog, open_writer
 from castore.catalog.reader import CatalogReader
-from castore.catalog.records import Blob, FailureReason, LocationStatus
+from castore.catalog.records import Blob, FailureReason, Kind, LocationStatus
 from castore.digest import BLOCK_SIZE_BYTES, XXH3, BlobHasher, Digest
 from castore.storage.backends.local import LocalBackend
 from castore.storage.layout import key_of
@@ -33,6 +35,7 @@ class Get:
     offset: int
     length: int
     under_way: int
+    digest: Digest
 
 
 class WatchedBackend(Wrapping):
@@ -46,6 +49,8 @@ class WatchedBackend(Wrapping):
         self.error: Exception | None = None
         self.flips = 0
         """How many of the next gets arrive with a wrong first byte."""
+        self.turns = 0
+        """How often other tasks have their turn during a get, at least: a server that takes its time."""
         self.open = trio.Event()
         self.open.set()
 
@@ -56,8 +61,10 @@ class WatchedBackend(Wrapping):
         self, digest: Digest, *, offset: int, length: int, into: bytearray | memoryview | None = None
     ) -> memoryview:
         self.under_way += 1
-        self.gets.append(Get(offset, length, self.under_way))
+        self.gets.append(Get(offset, length, self.under_way, digest))
         try:
+            for _ in range(self.turns):
+                await trio.lowlevel.checkpoint()
             await self.open.wait()
             if self.error is not None:
                 raise self.error
@@ -145,14 +152,36 @@ class World:
             [blob_id, backend_id, str(status)],
         )
 
+    def insert_entry(
+        self, number: int, parent: int, name: bytes, inode: int, kind: Kind, size_bytes: int = 0, blob_id: int = 0
+    ) -> None:
+        """A name in a package."""
+        self._writer.execute(
+            "INSERT INTO entries VALUES (?, ?, ?, ?, ?, 493, 1, 2, 0, 0, ?, 1, ?, x'')",
+            [number, parent, name, inode, kind, size_bytes, blob_id],
+        )
+
     def forget(self, blob: Blob) -> None:
         """Delete the blob's rows; as in a catalog that was made anew, the next blob gets its number."""
         self._writer.execute("DELETE FROM storage_locations WHERE blob_id = ?", [blob.blob_id])
         self._writer.execute("DELETE FROM blobs WHERE blob_id = ?", [blob.blob_id])
         self._writer.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = 'blobs'", [blob.blob_id - 1])
 
-    def reader(self, *, memory_bytes: int = MEMORY_BYTES) -> BlobReader:
-        return BlobReader(self.catalog, self.backends, memory_bytes=memory_bytes, on_bad_location=self.report)
+    def reader(
+        self,
+        *,
+        memory_bytes: int = MEMORY_BYTES,
+        cache: DiskCache | None = None,
+        following: Following | None = None,
+    ) -> BlobReader:
+        return BlobReader(
+            self.catalog,
+            self.backends,
+            memory_bytes=memory_bytes,
+            on_bad_location=self.report,
+            cache=cache,
+            following=following,
+        )
 
     async def report(self, digest: Digest, backend_id: str, reason: FailureReason) -> None:
         self.reports.append((digest, backend_id, reason))

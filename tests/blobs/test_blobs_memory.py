@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tracemalloc
 
+import pytest
 import trio
 import trio.testing
 
 from castore.blobs.idle import IDLE_SECONDS
-from castore.blobs.memory import MEMORY_BYTES, SPAN_OVERHEAD_BYTES
+from castore.blobs.memory import MEMORY_BYTES, SPAN_OVERHEAD_BYTES, Span
+from castore.blobs.open_blob import RECHECK_SECONDS, OpenBlob
+from castore.digest import SHA256_BLOCKS, XXH3
 from tests.blobs.blob_world import BLOCK, MIB, World, until
 
 
@@ -141,3 +145,55 @@ async def test_nothing_is_kept_while_nobody_reads(
     assert reader.kept_bytes == 0
     assert held == data[:BLOCK]
     assert await file.read(0, BLOCK) == data[:BLOCK]
+
+
+def span_of(file: OpenBlob, index: int) -> Span:
+    """The span that has a block in memory."""
+    return file._known.spans[index]
+
+
+@pytest.mark.parametrize("checksums", [XXH3, SHA256_BLOCKS])
+async def test_what_changed_in_memory_is_fetched_again(
+    world: World,
+    nursery: trio.Nursery,
+    mock_clock: trio.testing.MockClock,
+    caplog: pytest.LogCaptureFixture,
+    checksums: str,
+) -> None:
+    """A read of any part of a block checks all of it, and of nothing but the blocks that it needs."""
+    data = os.urandom(8 * BLOCK - 100)
+    reader, backend = world.reader(), world["first"]
+    await nursery.start(reader.run)
+    file = reader.open(await world.add(data, "first", checksums=checksums))
+    assert await file.read(0, len(data)) == data
+    span = span_of(file, 3)
+    assert (span.first, span.end) == (0, 8)
+    span.buffer[4 * BLOCK - 1] ^= 1
+    mock_clock.jump(RECHECK_SECONDS)
+    assert await file.read(2 * BLOCK, BLOCK) == data[2 * BLOCK : 3 * BLOCK]
+    assert await file.read(4 * BLOCK, 4 * BLOCK) == data[4 * BLOCK :]
+    assert len(backend.gets) == 1
+    with caplog.at_level(logging.ERROR):
+        assert await file.read(3 * BLOCK, 10) == data[3 * BLOCK : 3 * BLOCK + 10]
+    assert len(backend.gets) == 2
+    assert span_of(file, 3) is not span
+    assert reader.stats.memory_bad == 1
+    assert [record.getMessage()[:8] for record in caplog.records] == ["block 3 "]
+    assert reader.kept_bytes == BLOCK + SPAN_OVERHEAD_BYTES
+    assert world.reports == [], "no location is to blame"
+    assert await file.read(0, len(data)) == data
+
+
+async def test_blocks_are_checked_again_by_what_is_read_of_them(
+    world: World, nursery: trio.Nursery, mock_clock: trio.testing.MockClock
+) -> None:
+    data = os.urandom(4 * BLOCK)
+    reader = world.reader()
+    await nursery.start(reader.run)
+    file = reader.open(await world.add(data, "first"))
+    await file.read(0, len(data))
+    arrived = trio.current_time()
+    assert span_of(file, 0).checked_at == [arrived] * 4
+    mock_clock.jump(RECHECK_SECONDS)
+    await file.read(2 * BLOCK - 1, 2)
+    assert span_of(file, 0).checked_at == [arrived, arrived + RECHECK_SECONDS, arrived + RECHECK_SECONDS, arrived]

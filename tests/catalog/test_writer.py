@@ -14,7 +14,7 @@ from pysqlite3 import dbapi2 as sqlite3
 
 from castore.catalog.records import FailureReason, LocationStatus
 from castore.catalog.writer import CatalogWriter, Transaction
-from castore.digest import Digest
+from castore.digest import SHA256_BLOCKS, BlobHasher, BlobSummary, Digest
 from castore.errors import CatalogBusy, StateError
 from castore.events import PACKAGE_PUBLISHED, Event
 from tests.catalog.catalogs import MANIFEST, ROOT, Catalog, summary_of
@@ -148,6 +148,35 @@ def test_one_blob_for_the_same_bytes(catalog: Catalog) -> None:
     assert catalog.change(lambda transaction: transaction.size_bytes(ONE.digest)) == 3
     with pytest.raises(KeyError):
         catalog.change(lambda transaction: transaction.size_bytes(TWO.digest))
+
+
+def test_long_checksums_replace_short_ones_only(catalog: Catalog) -> None:
+    """And it is no scan of all blobs."""
+
+    def long_of(data: bytes) -> BlobSummary:
+        hasher = BlobHasher(checksum_algorithm=SHA256_BLOCKS)
+        hasher.update(data)
+        return hasher.finish()
+
+    one, two = catalog.fill_version()
+    other = summary_of(b"of no version")
+    known = [(each, "local") for each in (one, long_of(b""), other)]
+    catalog.change(lambda transaction: transaction.add_locations(known))
+    catalog.store.set_summary(2003, long_of(b"one"))
+    statements: list[str] = []
+
+    def work(transaction: Transaction) -> list[str]:
+        transaction._connection.set_trace_callback(statements.append)
+        transaction.strengthen_checksums(ROOT)
+        transaction._connection.set_trace_callback(None)
+        [look] = (statement for statement in statements if statement.startswith("SELECT"))
+        return [row[3].split()[0] for row in transaction._execute(f"EXPLAIN QUERY PLAN {look}")]
+
+    assert catalog.change(work) == ["SEARCH", "SEARCH"]
+    for digest, summary in ((one.digest, long_of(b"one")), (two.digest, long_of(b"")), (other.digest, other)):
+        blob = catalog.reader.blob_by_digest(digest)
+        assert blob is not None
+        assert blob.summary == summary
 
 
 def test_the_files_that_are_not_stored(catalog: Catalog) -> None:

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from castore.cli.output import format_bytes, format_time_ns, print_columns, print_document, printable
+from castore.cli.output import (
+    eta,
+    format_bytes,
+    format_seconds,
+    format_time_ns,
+    print_columns,
+    print_document,
+    printable,
+)
 from castore.config_values import parse_size
 
 
@@ -41,6 +49,23 @@ def test_sizes_read_back(size_bytes: int) -> None:
     error = 0.0501 if "." in number else 0.501
     scale = parse_size(f"1{unit}")
     assert abs(float(number) * scale - size_bytes) <= error * scale
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (3599, "59 min 59 s"),
+        (12_000, "3 h 20 min"),
+        (10**6, "277 h 46 min"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+    assert eta(seconds) == f", about {text} left"
+    assert eta(None) == ""
 
 
 @given(st.integers(1, 4 * 10**18))

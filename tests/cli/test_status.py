@@ -5,13 +5,25 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from castore.catalog.records import FailureReason
 from castore.catalog.writer import CatalogWriter
 from castore.digest import BlobHasher
 from tests.cli.conftest import Cli
 from tests.mount.store import MountedStore
+
+WRITING = """
+import sys, threading
+file = open(sys.argv[1], "wb", buffering=0)
+file.write(b"y" * 1024)
+print("written", flush=True)
+threading.Event().wait()
+"""
 
 
 def test_of_a_daemon(cli: Cli, store: MountedStore) -> None:
@@ -24,6 +36,33 @@ def test_of_a_daemon(cli: Cli, store: MountedStore) -> None:
     lines = [line.split(maxsplit=1) for line in cli("status", "--config", store.config).stdout.splitlines()]
     assert ["mountpoint", str(store.mnt)] in lines
     assert ["pid", str(store.pid)] in lines
+
+
+def test_the_queue(cli: Cli, store: MountedStore) -> None:
+    box = store.ingest("queue/1")
+    (box / "stored").write_bytes(b"x" * 2048)
+    store.wait_stored(box / "stored")
+    rate = store.status()["rate"]
+    assert 0 < rate["files_per_s"] <= 1
+    assert rate["bytes_per_s"] == pytest.approx(2048 * rate["files_per_s"], rel=0.1)
+    with subprocess.Popen([sys.executable, "-c", WRITING, box / "open"], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        try:
+            writer.stdout.readline()
+            document = json.loads(cli("status", "--json", "--config", store.config).stdout)["daemon"]
+            lines = dict(
+                line.split(maxsplit=1)
+                for line in cli("status", "--config", store.config).stdout.splitlines()
+                if line.startswith(("queue", "rate", "eta"))
+            )
+        finally:
+            writer.kill()
+    assert document["queue"]["receiving"] == {"file_count": 1, "size_bytes": 1024}
+    assert document["queue"]["stored"] == {"file_count": 1, "size_bytes": 2048}
+    assert document["eta_s"] == 0
+    assert lines["queue"] == "receiving 1 (1.0 KiB), staged 0, uploading 0, stored 1 (2.0 KiB), failed 0"
+    assert lines["rate"].endswith("/s")
+    assert "files/s, " in lines["rate"]
 
 
 def test_without_a_daemon(cli: Cli, tmp_path: Path) -> None:

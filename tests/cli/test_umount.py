@@ -31,6 +31,7 @@ def test_it_needs_no_configuration(cli: Cli, store: MountedStore) -> None:
         "mountpoint": str(store.mnt),
         "state_dir": str(store.state),
         "staged_files": 0,
+        "staged_bytes": 0,
         "dead": False,
     }
 
@@ -122,5 +123,5 @@ def test_what_cannot_be_stored_stays_staged(cli: Cli, store: MountedStore) -> No
     done = cli("umount", store.mnt, "--force")
     assert done.stdout.splitlines() == [
         f"unmounted {store.mnt}",
-        f"1 staged files are not stored yet: they stay in {store.state}, and go on after the next mount",
+        f"1 staged files (7 B) are not stored yet: they stay in {store.state}, and go on after the next mount",
     ]

@@ -299,10 +299,16 @@ DIFFERENCES: Final = (
         "Devices, sockets and fifos are refused with `EPERM`.", errno.EPERM, ("mkfifo",), lambda twins, path: True
     ),
     Difference(
-        "Computed attributes are not listed, so that `cp -a` copies none, and setting one is `EPERM`.",
+        "Computed attributes are not listed, so that `cp -a` copies none, and setting one is `EPERM`",
         errno.EPERM,
         ("setxattr", "fsetxattr"),
         lambda twins, place, name, value, flags: name.startswith(("user.castore.", "user.hash.")),
+    ),
+    Difference(
+        "or `EEXIST` where it has to be new",
+        errno.EEXIST,
+        ("setxattr", "fsetxattr"),
+        lambda twins, place, name, value, flags: name.startswith("user.castore.") and bool(flags & os.XATTR_CREATE),
     ),
     Difference(
         "Other name spaces are refused (`EOPNOTSUPP`).",
@@ -498,7 +504,11 @@ class Twins:
         self.seen |= there.keys()
         absent = sorted(path for path in self.seen - there.keys() if os.path.lexists(self.here.path(path)))
         assert not absent, f"on the mount alone: {absent}"
-        kept = {path: _item(os.lstat(self.here.path(path)), self.here.path(path), read=False) for path in there}
+        kept = {
+            path: _item(os.lstat(name), name, read=False)
+            for path in there
+            if os.path.lexists(name := self.here.path(path))
+        }
         assert_alike(
             kept,
             {path: replace(item, links=(), content=None) for path, item in there.items()},
@@ -534,8 +544,9 @@ class Twins:
         top.parent.mkdir(parents=True, exist_ok=True)
         self._as_published(self.there.root / version)
         os.rename(self.there.root / version, top)
-        for each in self.slots.values():
-            each.is_published |= each.version_inode == inodes[version]
+        for slot, each in self.slots.items():
+            has_name = os.fstat(self.there.files[slot]).st_nlink > 0
+            each.is_published |= has_name and each.version_inode == inodes[version]
         tree, _ = look(top, read=True)
         found = {os.path.relpath(path, version): number for path, number in inodes.items() if _is_below(path, version)}
         self.world.packages[ref] = Package(tree, found)
@@ -548,7 +559,7 @@ class Twins:
     def _refusal(self, version: str) -> set[str]:
         refusal = set()
         if version not in self.tree:
-            refusal.add("ENOENT")
+            return {"ENOENT"}
         if f"{self.name}/{version}" in self.world.packages:
             refusal.add("EEXIST")
         if any(self._is_written_in(version, slot, each) for slot, each in self.slots.items()):
@@ -589,7 +600,7 @@ class Twins:
             if each.is_writable:
                 answer = _answer(self.here.write, (slot, 0, b"after the end"))
                 assert answer == "ENOTCONN", f"a write to a dead mount: {answer}"
-        self.abandon()
+        self._close_as_it_is()
         store.mount()
         self.world.kills += 1
         self._check_after_start()
@@ -599,7 +610,13 @@ class Twins:
         self.world.check_packages()
 
     def abandon(self) -> None:
-        """Close whatever is open, in whatever state it is."""
+        """Close and remove what can be, in whatever state it is."""
+        self._close_as_it_is()
+        for side in (self.here, self.there):
+            with suppress(OSError):
+                _remove(str(side.root))
+
+    def _close_as_it_is(self) -> None:
         for side in (self.here, self.there):
             for descriptor in side.files.values():
                 with suppress(OSError):

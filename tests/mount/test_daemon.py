@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sqlite3
@@ -135,6 +136,28 @@ def test_umount_waits_until_all_is_stored(store: MountedStore) -> None:
     assert len(objects) == 100
     store.mount()
     assert store.status()["queue"]["stored"]["file_count"] == 100
+
+
+def test_what_nobody_changes_is_reported_and_stays(make_store: Callable[..., MountedStore]) -> None:
+    store = make_store('expire_after = "1s"')
+    store.mount()
+    (store.ingest("old/1") / "file").write_text("left behind")
+    (store.ingest("young/1") / "file").write_text("in work")
+    with (store.mnt / "ingest/young/1/file").open("a") as file:
+        file.write("still")
+        file.flush()
+        wait_until(lambda: store.status()["expired"], "a version expires")
+        assert [each["ref"] for each in store.status()["expired"]] == ["old/1"]
+    health = json.loads((store.mnt / ".castore/health.json").read_text())
+    (check,) = health["checks"]["ingest:expired"]
+    assert check["status"] == "warn"
+    assert check["output"] == "nothing changed in them for ingest.expire_after: old/1"
+    assert "old/1" in store.castore("status")
+    wait_until(lambda: len(store.status()["expired"]) == 2, "the other one expires, too")
+    assert store.log().count("nothing in ingest/old/1 changed") == 1
+    (store.ingest("old/1") / "file").touch()
+    wait_until(lambda: [each["ref"] for each in store.status()["expired"]] == ["young/1"], "it is in work again")
+    assert (store.publish("old/1") / "file").read_text() == "left behind"
 
 
 def test_the_unforeseen_is_eio_and_the_mount_lives_on(store: MountedStore) -> None:

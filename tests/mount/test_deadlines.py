@@ -36,7 +36,8 @@ class HangingBackend:
         self.store = make_store()
         objects = self.below.ingest("objects/1") / "o"
         text = self.store.config.read_text().replace(str(self.store.objects), str(objects))
-        self.store.config.write_text(text)
+        # What is published must not be read from a cache.
+        self.store.config.write_text(text.replace("[cache]\n", "[cache]\nseed = false\n"))
         self.store.castore("init")
         self.store.mount()
 
@@ -166,3 +167,27 @@ def test_it_ends_all_the_same(backend: HangingBackend, how: str) -> None:
     assert "1 files (10 bytes) stay staged" in store.log()
     store.mount()
     assert (store.publish("hang/2") / "a").read_bytes() == b"not stored"
+
+
+def test_a_signal_lets_puts_go_on(backend: HangingBackend) -> None:
+    store = backend.store
+    with backend.hanging():
+        (store.ingest("hang/1") / "a").write_bytes(b"stored in time")
+        os.kill(store.pid, signal.SIGTERM)
+        wait_until(lambda: "1 files (14 bytes) are not stored yet: waiting, at most 20 s" in store.log(), "it waits")
+    wait_until(lambda: mount_at(store.mnt) is None, "the daemon has ended")
+    assert "stay staged" not in store.log()
+    wait_until(lambda: not Path(f"/proc/{store.pid}").exists(), "the process has ended")
+    store.mount()
+    assert store.status()["queue"]["stored"] == {"file_count": 1, "size_bytes": 14}
+
+
+def test_a_second_signal_ends_it_at_once(backend: HangingBackend) -> None:
+    store = backend.store
+    with backend.hanging():
+        (store.ingest("hang/1") / "a").write_bytes(b"not stored")
+        os.kill(store.pid, signal.SIGTERM)
+        wait_until(lambda: "are not stored yet: waiting" in store.log(), "it waits")
+        with at_once():
+            store.kill(signal.SIGTERM)
+    assert "1 files (10 bytes) stay staged" in store.log()

@@ -50,7 +50,8 @@ def test_nothing_is_written(store: MountedStore, second: Path) -> None:
     store.publish("one/1")
     _mount(store, second)
     mount = mount_at(second)
-    assert mount is not None and mount.read_only
+    assert mount is not None
+    assert mount.read_only
     file = second / "packages/one/1/file"
     for write in (lambda: (second / "new").mkdir(), lambda: file.write_text("y"), lambda: os.utime(file), file.unlink):
         with fails(errno.EROFS):

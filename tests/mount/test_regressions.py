@@ -14,6 +14,7 @@ import pytest
 
 from castore.api.control_client import ControlClient
 from castore.errors import CastoreError
+from tests.mount.daemons import descriptor
 from tests.mount.store import MountedStore, fails, wait_until
 
 
@@ -125,3 +126,44 @@ def test_bytes_that_were_not_written_are_not_counted(store: MountedStore) -> Non
             with fails(errno.EFBIG):
                 os.truncate(file.fileno(), 5000)
         assert store.status()["staged_bytes"] == 1500
+
+
+@pytest.mark.parametrize("order", [os.O_RDONLY, os.O_WRONLY, os.O_RDWR])
+def test_a_file_that_is_opened_with_o_trunc_is_cut_however_it_is_opened(store: MountedStore, order: int) -> None:
+    path = store.ingest("cut/1") / "file"
+    path.write_bytes(b"old" * 50_000)
+    os.close(os.open(path, order | os.O_TRUNC))
+    assert path.read_bytes() == b""
+    assert (store.publish("cut/1") / "file").read_bytes() == b""
+
+
+@pytest.mark.parametrize("seconds", [2**34, 2**62, -(2**34), -(2**62)])
+def test_a_time_that_no_column_holds_becomes_the_nearest(store: MountedStore, seconds: int) -> None:
+    path = store.ingest("far/1") / "file"
+    with path.open("w") as file:
+        for place in (path, file.fileno(), path.parent):
+            os.utime(place, (seconds, seconds))
+            assert abs(os.stat(place).st_mtime_ns) == 2**63 - 1
+    status = (store.publish("far/1") / "file").stat()
+    assert status.st_mtime_ns == (2**63 - 1) * (1 if seconds > 0 else -1)
+
+
+def test_an_attribute_without_a_name_is_refused(store: MountedStore) -> None:
+    path = store.ingest("attribute/1") / "file"
+    path.write_text("x")
+    for flags in (0, os.XATTR_CREATE, os.XATTR_REPLACE):
+        with fails(errno.EINVAL):
+            os.setxattr(path, "user.", b"x", flags)
+    for refused in (os.getxattr, os.removexattr):
+        with fails(errno.EINVAL):
+            refused(path, "user.")
+    assert os.listxattr(path) == []
+
+
+def test_a_file_that_was_made_for_reading_holds_up_no_publish(store: MountedStore) -> None:
+    path = store.ingest("reader/1") / "file"
+    with descriptor(path, os.O_RDONLY | os.O_CREAT) as reader:
+        path.write_bytes(b"by another handle")
+        store.wait_stored(path)
+        path.parent.rename(store.package("reader/1"))
+        assert os.read(reader, 100) == b"by another handle"

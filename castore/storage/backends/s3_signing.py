@@ -27,7 +27,7 @@ thread. The chain renews them minutes before they expire, and after a refusal th
 NO_BODY: Final = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 """SHA-256 of nothing, which a request without a body is signed with."""
 UNSIGNED: Final = "UNSIGNED-PAYLOAD"
-"""Stands for the SHA-256 of a body that TLS and a Content-MD5 protect (Amazon S3, "Signature Calculations")."""
+"""Stands for the SHA-256 of a body that a Content-MD5 protects (Amazon S3 API reference, "Signature Calculations")."""
 
 InLibrary = Callable[..., Awaitable[Any]]
 """Runs `function(client, *arguments)` in the client library's thread."""

@@ -33,6 +33,9 @@ SMALL_BODY_BYTES: Final = 1 << 20
 """Bodies up to this do not count: the bound on puts at a time bounds them, too."""
 SOURCE_THREADS: Final = 8
 """Threads that read sources: one for each put at a time. A disk that hangs costs no more than these."""
+FINISH_S: Final = 5.0
+"""Seconds that the parts under way have left when one failed for now: what arrives is not sent again by the next try,
+and 16 MiB at 3 MiB/s do."""
 ABORT_S: Final = 2.0
 """Seconds that a put takes at most to abort an upload that is of no use any more; else `abandon` or `sweep` does."""
 
@@ -238,7 +241,7 @@ class Uploads:
                 upload.ended = exc
             except StorageError as exc:
                 failures.append(exc)
-                nursery.cancel_scope.cancel()
+                nursery.cancel_scope.deadline = trio.current_time() + (FINISH_S if exc.temporary else 0)
             finally:
                 self._buffers.give_back(sizes[number - 1], part.stream)
 
@@ -249,6 +252,9 @@ class Uploads:
                 except StorageError as exc:
                     failures.append(exc)
                     nursery.cancel_scope.cancel()
+                    break
+                if failures:
+                    self._buffers.give_back(part_bytes, part.stream)
                     break
                 upload.md5s.append(part.md5)
                 held = upload.held.get(number)

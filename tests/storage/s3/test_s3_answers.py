@@ -178,8 +178,8 @@ async def test_what_a_put_says_on_the_wire(settings: S3Settings, tmp_path: Path)
 
     async def handler(request: Request, stream: Stream) -> None:
         length = len(DATA) if request.method == "HEAD" else 0
-        stored = {"etag": '"not-an-md5"', "x_amz_server_side_encryption": "aws:kms"}
-        await stream.send_all(answer(**stored, content_length=str(length)))
+        sent = answer(etag='"not-an-md5"', x_amz_server_side_encryption="aws:kms", content_length=str(length))
+        await stream.send_all(sent)
 
     async with asking(settings, handler) as (backend, server):
         await backend.put(DIGEST, BytesSource(DATA))
