@@ -297,7 +297,8 @@ class Transaction:
                 # CROSS JOIN: never all blobs.
                 "SELECT node.block_size_bytes, node.checksum_algorithm, node.checksums, blob_id "
                 "FROM workspace.nodes AS node CROSS JOIN blobs USING (digest, algorithm) "
-                "WHERE version_inode = :version AND node.checksum_algorithm = :sha256 AND blobs.checksum_algorithm <> :sha256",
+                "WHERE version_inode = :version AND node.checksum_algorithm = :sha256 "
+                "AND blobs.checksum_algorithm <> :sha256",
                 {"version": version_inode, "sha256": SHA256_BLOCKS},
             ).fetchall(),
         )

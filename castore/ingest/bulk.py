@@ -18,6 +18,7 @@ import trio
 
 from castore.catalog.records import Kind
 from castore.catalog.workspace import Node
+from castore.digest import BlobHasher
 from castore.errors import (
     AlreadyExists,
     CastoreError,
@@ -369,7 +370,7 @@ class BulkImport:
                 reserved.append((uid, item.status.st_size))
             inodes = [self._tree.new_inode() for _ in items]
             places = [self._files.path(inode) for inode in inodes]
-            work = partial(_copy_within_room, items, places, counted)
+            work = partial(_copy_within_room, items, places, counted, self._files.new_hasher)
             copied = await trio.to_thread.run_sync(work)
             failpoint("import.copied")
             with self._store.transaction():
@@ -498,9 +499,11 @@ def _next_steps(steps: Iterator[Step]) -> list[Step]:
     return list(islice(steps, STEPS))
 
 
-def _copy_within_room(items: list[Item], places: list[Path], counted: Count) -> list[Copied]:
+def _copy_within_room(
+    items: list[Item], places: list[Path], counted: Count, new_hasher: Callable[[], BlobHasher]
+) -> list[Copied]:
     """Copy files unless that would take the workspace's room on the disk. Raises StagingFull, else as `copy_files`."""
     needed = sum(min(item.status.st_size, item.status.st_blocks * STAT_BLOCK_BYTES) for item in items)
     if needed > disk_room_bytes(os.statvfs(places[0].parent)):
         raise StagingFull("the disk of the staging folder is full")
-    return copy_files(items, places, counted)
+    return copy_files(items, places, counted, new_hasher)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -271,16 +271,18 @@ class Copied:
     summary: BlobSummary
 
 
-def copy_files(items: list[Item], places: list[Path], so_far: Count) -> list[Copied]:
+def copy_files(
+    items: list[Item], places: list[Path], so_far: Count, new_hasher: Callable[[], BlobHasher] = BlobHasher
+) -> list[Copied]:
     """Copy files to these places and hash them, in one pass.
 
     Raises SourceChanged, TreeError; StateError when staging cannot be written. What it made until then stays.
     """
     buffer = memoryview(bytearray(min(CHUNK_BYTES, max(1, *(item.status.st_size for item in items), 1))))
-    return [_copy(item, place, buffer, so_far) for item, place in zip(items, places, strict=True)]
+    return [_copy(item, place, buffer, so_far, new_hasher()) for item, place in zip(items, places, strict=True)]
 
 
-def _copy(item: Item, place: Path, buffer: memoryview, so_far: Count) -> Copied:
+def _copy(item: Item, place: Path, buffer: memoryview, so_far: Count, hasher: BlobHasher) -> Copied:
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         source = os.open(item.name, flags, dir_fd=item.folder.descriptor)
@@ -289,17 +291,16 @@ def _copy(item: Item, place: Path, buffer: memoryview, so_far: Count) -> Copied:
     except OSError as exc:
         raise mapped(exc, item.path) from exc
     try:
-        return _copy_open(item, source, place, buffer, so_far)
+        return _copy_open(item, source, place, buffer, so_far, hasher)
     finally:
         os.close(source)
 
 
-def _copy_open(item: Item, source: int, place: Path, buffer: memoryview, so_far: Count) -> Copied:
+def _copy_open(item: Item, source: int, place: Path, buffer: memoryview, so_far: Count, hasher: BlobHasher) -> Copied:
     before = os.fstat(source)
     if not stat.S_ISREG(before.st_mode) or before.st_size != item.status.st_size:
         raise _changed(item)
     has_holes = before.st_blocks * STAT_BLOCK_BYTES < before.st_size
-    hasher = BlobHasher()
     try:
         target = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     except OSError as exc:

@@ -158,3 +158,13 @@ def test_files_that_are_staged_when_it_is_set_are_hashed_again(make: Callable[[s
     for name, content in (("stored", stored), ("staged", staged)):
         assert (package / name).read_bytes() == content
         assert blob_of(store, content).summary.checksums == sha256_of_blocks(content)
+
+
+def test_imported_files_have_it(make: Callable[[str], MountedStore], tmp_path: Path) -> None:
+    store = make(SHA256_BLOCKS)
+    data = os.urandom(BLOCKS * BLOCK_SIZE_BYTES - 1)
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/a").write_bytes(data)
+    store.castore("package", "import", str(tmp_path / "tree"), "imported/1")
+    assert (store.package("imported/1") / "a").read_bytes() == data
+    assert blob_of(store, data).summary.checksums == sha256_of_blocks(data)

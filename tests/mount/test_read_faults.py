@@ -68,9 +68,9 @@ class ProxiedPlace(S3Place):
 
 
 class FaultyStore:
-    """A mounted store with a file for each row, none of which the kernel or the daemon's memory has.
+    """A mounted store with a package of one file for each row, none of which the kernel or the daemon's memory has.
 
-    Some are in the disk cache, the others are not.
+    Some are in the disk cache, the others are not. Files of one package would be fetched together.
     """
 
     def __init__(self, root: Path, server: SeaweedFS, proxies: ExitStack, locations: int) -> None:
@@ -96,10 +96,9 @@ class FaultyStore:
 
     def _fill(self) -> None:
         self.store.mount()
-        box = self.store.ingest("faults/1")
-        for fault, data in self.data.items():
-            (box / fault).write_bytes(data)
-        self.package = self.store.publish("faults/1")
+        for number, data in enumerate(self.data.values()):
+            (self.store.ingest(f"faults/{number}") / "a").write_bytes(data)
+            self.store.publish(f"faults/{number}")
         self.store.umount()
         shutil.rmtree(self.store.root / "cache", ignore_errors=True)
         self.store.mount()
@@ -110,9 +109,12 @@ class FaultyStore:
         self.store.umount()
         self.store.mount()
 
+    def path(self, fault: str) -> Path:
+        return self.store.package(f"faults/{[*self.data].index(fault)}") / "a"
+
     def read(self, fault: str) -> bytes:
         """All of a file, by one request to the daemon, whose answer the kernel does not keep."""
-        with descriptor(self.package / fault, os.O_RDONLY | os.O_DIRECT) as file:
+        with descriptor(self.path(fault), os.O_RDONLY | os.O_DIRECT) as file:
             return os.pread(file, SIZE, 0)
 
     def digest(self, fault: str) -> Digest:
@@ -216,7 +218,7 @@ def test_a_read(stores: Callable[[int], FaultyStore], row: Row) -> None:
         assert answer == (row.number or faulty.data[row.fault])
         assert faulty.gets(row.fault) == row.gets
         failed = (FIRST, SECOND)[: len(row.gets) if row.fault == FLIPPED_EVERYWHERE else 1] if row.reason else ()
-        statuses = os.getxattr(faulty.package / row.fault, "user.castore.status").decode().split(",")
+        statuses = os.getxattr(faulty.path(row.fault), "user.castore.status").decode().split(",")
         assert statuses == ["failed" if name in failed else "stored" for name in (FIRST, SECOND)[: row.locations]]
         assert location_events(faulty, row.fault) == [(name, "failed", row.reason) for name in failed]
         if not row.number:

@@ -61,17 +61,18 @@ def requests_of(store: MountedStore) -> int:
 
 
 def published(store: MountedStore, count: int) -> Path:
-    """A package of so many files that nobody has read, and of one that the daemon has in memory."""
+    """A package of so many files that nobody has read; and another one, whose file the daemon has in memory."""
     rest = os.urandom(SIZE - 8)
     box = store.ingest("stall/1")
     for number in range(count):
         (box / str(number)).write_bytes(number.to_bytes(8) + rest)
-    (box / "warm").write_bytes(os.urandom(WARM_SIZE))
-    store.castore("package", "publish", "stall/1")
+    (store.ingest("warm/1") / "warm").write_bytes(os.urandom(WARM_SIZE))
+    for ref in ("stall/1", "warm/1"):
+        store.castore("package", "publish", ref)
     store.umount()
     configure(store, max_bytes=0)
     store.mount()
-    (store.package("stall/1") / "warm").read_bytes()
+    (store.package("warm/1") / "warm").read_bytes()
     return store.package("stall/1")
 
 
@@ -95,12 +96,12 @@ def in_time(work: Callable[[], object]) -> None:
         assert not thread.is_alive()
 
 
-def blocks_asked_for_by_a_warm_read(store: MountedStore, package: Path) -> int:
+def blocks_asked_for_by_a_warm_read(store: MountedStore) -> int:
     """How often the daemon was asked for a block of a file that it has in memory, and the kernel has not."""
     before = store.status()["reads"]
 
     def read() -> None:
-        with descriptor(package / "warm", os.O_RDONLY) as file:
+        with descriptor(store.package("warm/1") / "warm", os.O_RDONLY) as file:
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
             assert len(os.pread(file, WARM_SIZE, 0)) == WARM_SIZE
 
@@ -119,12 +120,12 @@ def test_a_thousand_stalled_readers_leave_the_rest_as_it_was(make_store: Callabl
     store = backend.store
     try:
         package = published(store, READERS)
-        alone = blocks_asked_for_by_a_warm_read(store, package)
+        alone = blocks_asked_for_by_a_warm_read(store)
         before_kib = resident_kib(store.pid)
         with readers(package, READERS) as process:
             with backend.hanging():
                 wait_until(lambda: requests_of(store) >= READERS, "all readers stall")
-                assert blocks_asked_for_by_a_warm_read(store, package) <= alone * 2
+                assert blocks_asked_for_by_a_warm_read(store) <= alone * 2
                 in_time(lambda: [os.stat(package / str(number)) for number in range(READERS)])
                 in_time(lambda: os.listdir(package))
                 in_time(lambda: (store.ingest("stall/2") / "a").write_bytes(b"a"))
