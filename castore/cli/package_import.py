@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -15,10 +16,12 @@ from castore.cli.long_run import INTERRUPTED, LongRun, Snapshot
 from castore.cli.output import format_bytes, print_json
 from castore.cli.progress import progress
 from castore.cli.session import Session, common_options, json_option
+from castore.cli.status import STATUS_SECONDS
 from castore.errors import CastoreError, StateError, StateLocked
 from castore.registry.names import parse_ref
 
 if TYPE_CHECKING:
+    from castore.api.control_client import ControlClient
     from castore.config import Config
     from castore.ingest.bulk import BulkImport
     from castore.ingest.bulk_order import ImportOrder
@@ -132,11 +135,19 @@ class _Run:
                 self._last = client.call("import", on_progress, **request)
         except KeyboardInterrupt:
             self.is_interrupted = True
-            now = self._last
-            self.left = (
-                int(now.get("copied_files", 0)) + int(now.get("kept_files", 0)),
-                int(now.get("copied_bytes", 0)) + int(now.get("kept_bytes", 0)),
-            )
+            self.left = self._staged_in(client)
+
+    def _staged_in(self, client: ControlClient) -> tuple[int, int]:
+        """Files and bytes of the version; what was told last when the daemon does not say."""
+        now = self._last
+        with contextlib.suppress(CastoreError):
+            versions = client.call("status", within=STATUS_SECONDS)["versions"]
+            now = next((each for each in versions if each["ref"] == self._order.ref), {})
+            return int(now.get("total_files", 0)), int(now.get("total_bytes", 0))
+        return (
+            int(now.get("copied_files", 0)) + int(now.get("kept_files", 0)),
+            int(now.get("copied_bytes", 0)) + int(now.get("kept_bytes", 0)),
+        )
 
     # how far it is
 

@@ -59,8 +59,14 @@ def check_whole(top: Path) -> None:
     assert (top / "pointer").readlink() == Path("small")
 
 
-def count(folder: Path) -> int:
-    return sum(path.is_file() for path in folder.rglob("?" * 64))
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("?" * 64) if path.is_file()}
+
+
+def known(store: MountedStore, algorithm: str) -> set[str]:
+    """The objects that the catalog knows of: any other is an orphan, or missing."""
+    query = f"SELECT hex(digest) FROM storage_locations JOIN blobs USING (blob_id) WHERE algorithm = '{algorithm}'"
+    return {row[0].lower() for row in rows(store.state / "catalog.db", query)}
 
 
 @pytest.mark.parametrize("point", [point for point in POINTS if not point.startswith("import.")])
@@ -110,8 +116,10 @@ def check_no_leftovers(store: MountedStore) -> None:
         assert rows(workspace, f"SELECT * FROM {table} {where}") == []
     wait_until(lambda: rows(store.state / "catalog.db", "SELECT * FROM put_intents") == [], "no intent is left")
     assert store.status()["staged_bytes"] == 0
-    assert count(store.objects / "manifest-sha256") == 1
-    assert count(store.objects / "sha256") == len(set(FILES.values()))
+    assert names(store.objects / "manifest-sha256") == known(store, "manifest-sha256")
+    # Perhaps one more than the package has: a half-written file is stored as far as it came, until it is written on.
+    assert names(store.objects / "sha256") == known(store, "sha256")
+    assert len(known(store, "manifest-sha256")) == 1
 
 
 def test_every_point_is_somewhere() -> None:
