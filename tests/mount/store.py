@@ -26,6 +26,7 @@ CONFIG = """\
 state_dir = "{root}/state"
 [cache]
 dir = "{root}/cache"
+seed = false  # what is read comes from a backend first
 [ingest]
 {ingest}
 {section}

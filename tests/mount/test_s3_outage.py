@@ -88,7 +88,7 @@ def test_another_location_serves(
     second = f'[backends.second]\ntype = "local"\npath = "{store.root}/second"\n'
     rule = '[[routing.rules]]\nretention_class = "*"\nbackend = "main"\ncopies = ["second"]\n'
     text = store.config.read_text().replace("[routing]", f"{second}[routing]").replace("[http]", f"{rule}[http]")
-    store.config.write_text(text)
+    store.config.write_text(text.replace("[cache]\n", "[cache]\nprefetch_siblings = false\n"))
     store.castore("init")
     store.mount()
     package, data = published(store, "a", "b", "c", "d")
