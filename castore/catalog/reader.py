@@ -82,7 +82,9 @@ class CatalogReader:
 
     def _rows(self, sql: str, parameters: Any = ()) -> Iterator[Any]:
         with sqlite_errors(self.path):
-            yield from self._execute(sql, parameters)
+            # Not `yield from`: given up halfway, it would close the cursor, perhaps after the connection.
+            for row in self._execute(sql, parameters):  # noqa: UP028
+                yield row
 
     def catalog_id(self) -> str:
         """The UUID made when the catalog was made."""

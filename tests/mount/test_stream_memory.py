@@ -12,7 +12,7 @@ from tests.places import PLACES, Place
 MIB_EACH = 8
 """Enough for every window to be full: together eight times what the daemon keeps in memory."""
 MOST_BYTES = {"local": LIMIT_BYTES, "s3": 2 * LIMIT_BYTES}
-"""On a server the aim is LIMIT_BYTES, too, and not reached: 330 to 440 MB, of blocks that wait for the kernel to take them."""
+"""On a server the aim is LIMIT_BYTES, too, and not reached: 330 to 440 MB, of blocks that wait until they are taken."""
 
 
 @pytest.mark.parametrize("place", PLACES, indirect=True)

@@ -111,7 +111,9 @@ SQLITES_OWN = {"/state/catalog.db-journal", "/state/staging/workspace.db-journal
 def test_what_is_synced(tmp_path: Path) -> None:
     with Machine(tmp_path / "machine") as machine:
         assert broken_promises(machine) == []
-        assert {kind_of(path) for path in machine.synced()} == {*NEEDED, *SQLITES_OWN}
+        kinds = {kind_of(path) for path in machine.synced()}
+        # The database of small files is a cache: no promise rests on it.
+        assert {kind for kind in kinds if not kind.startswith("/state/tiny.db")} == {*NEEDED, *SQLITES_OWN}
 
 
 @pytest.mark.parametrize("pattern", NEEDED)
