@@ -386,11 +386,22 @@ class StagedFiles:
             self._store.set_summary(file.inode, summary)
             self._store.update_node(file.inode, mtime_ns=file.mtime_ns)
         file.is_dirty = False
-        if self._cache is not None and file.size_bytes <= self._cache.seed_bytes:
-            self._cache.keep(summary, 0, memoryview(os.pread(file.descriptor, file.size_bytes, 0)))
+        self._seed(file, summary)
         failpoint("file.staged")
         self._on_staged()
         self.released.pulse()
+
+    def _seed(self, file: StagedFile, summary: BlobSummary) -> None:
+        """A small file goes to the cache at once. What of it cannot be read does not: its put says so."""
+        if self._cache is None or not 0 < file.size_bytes <= self._cache.seed_bytes:
+            return
+        try:
+            data = os.pread(file.descriptor, file.size_bytes, 0)
+        except OSError as exc:
+            log.debug("staged file %x is not cached: %s", file.inode, exc)
+            return
+        if len(data) == file.size_bytes:
+            self._cache.keep(summary, 0, memoryview(data))
 
     # durability and the end
 

@@ -41,7 +41,7 @@ class InParts:
         return f"{text}multipart_threshold_bytes = {PART}\nmultipart_chunk_bytes = {PART}\n"
 
     def unreachable(self, backend_id: str) -> Any:
-        raise NotImplementedError
+        return self._place.unreachable(backend_id)
 
     def uploads(self, data: bytes) -> list[str]:
         """Ids of uploads of these bytes that are begun and not ended."""

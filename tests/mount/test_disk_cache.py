@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from castore.failpoint import VARIABLE
 from tests.mount.store import MountedStore, fails, wait_until
 from tests.places import PLACES, Place
 
@@ -107,6 +108,29 @@ def test_what_is_published_is_in_the_cache(make_cached: Callable[..., MountedSto
         with pytest.raises(OSError, match="Errno"):
             (package / "larger").read_bytes()
     assert (package / "larger").read_bytes() == files["larger"]
+
+
+def test_a_daemon_that_is_killed_while_it_hands_over_to_the_cache(make_cached: Callable[..., MountedStore]) -> None:
+    store = make_cached(seed="true")
+    store.umount()
+    os.environ[VARIABLE] = "publish.forgetting:2"
+    try:
+        store.mount()
+    finally:
+        del os.environ[VARIABLE]
+    files = {f"{number}": os.urandom(MIB + number) for number in range(4)}
+    box = store.ingest("lib/1")
+    for name, data in files.items():
+        (box / name).write_bytes(data)
+    with pytest.raises(OSError, match="Errno"):
+        store.publish("lib/1")
+    wait_until(lambda: not Path(f"/proc/{store.pid}").exists(), "the daemon is dead")
+    store.pid = 0
+    assert len(cached_files(store.root / "cache")) == 2
+    store.mount()
+    assert {name: (store.package("lib/1") / name).read_bytes() for name in files} == files
+    assert list((store.state / "staging/data").iterdir()) == []
+    assert cache_of(store)["bad_count"] == 0
 
 
 def test_an_altered_file_is_noticed_and_mended(make_cached: Callable[..., MountedStore]) -> None:
