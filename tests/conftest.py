@@ -5,6 +5,7 @@ After the tests a line names the S3 servers that they ran on.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +26,16 @@ def _events_follow_their_schemas(request: pytest.FixtureRequest) -> Iterator[Non
     yield
     for path in catalogs_below(folder) if folder is not None else ():
         check_catalog(path)
+
+
+@pytest.fixture(autouse=True)
+def _stays_where_it_is() -> Iterator[None]:
+    """A test that leaves the process in another folder would break those after it, which start programs from here."""
+    here = os.getcwd()
+    yield
+    there = os.getcwd()
+    os.chdir(here)
+    assert there == here
 
 
 _SERVERS: Final = pytest.StashKey[EveryServer]()

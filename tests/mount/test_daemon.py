@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -46,13 +47,10 @@ def test_a_signal_ends_it(make_store: Callable[..., MountedStore], number: signa
         store.objects.rename(store.root / "elsewhere")
         (box / "not stored").write_bytes(b"staged")
         with descriptor(package / "a", os.O_RDONLY) as reading, descriptor(box / "written") as writing:
-            os.chdir(package)
-            try:
+            with contextlib.chdir(package):
                 os.write(writing, b"open")
                 daemon.send_signal(number)
                 said = ended_cleanly(daemon, store)
-            finally:
-                os.chdir("/")
             with fails(errno.ENOTCONN):
                 os.read(reading, 1)
     # Sizes are those of the last close.
