@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from tests.mount.model_sides import Side, Tree, assert_alike, look
+from tests.mount.model_sides import Side, Tree, assert_alike, item_of, look, walk
 from tests.mount.store import MountedStore, wait_until
 from tests.mount.syscalls import forced_stat
 
@@ -54,7 +54,7 @@ def _tears_a_link(twins: Twins, path: str, new: str) -> bool:
     if twins.place(path).split("/")[0] == twins.place(new).split("/")[0]:
         return False
     counted: dict[int, list[int]] = {}
-    for each in _walk(twins.there.path(path)) if os.path.isdir(twins.there.path(path)) else [twins.there.path(path)]:
+    for each in walk(twins.there.path(path)) if os.path.isdir(twins.there.path(path)) else [twins.there.path(path)]:
         status = os.lstat(each)
         if not stat.S_ISDIR(status.st_mode):
             counted.setdefault(status.st_ino, []).append(status.st_nlink)
@@ -309,7 +309,7 @@ class Twins:
         absent = sorted(path for path in self.seen - there.keys() if os.path.lexists(self.here.path(path)))
         assert not absent, f"on the mount alone: {absent}"
         kept = {
-            path: _item(os.lstat(name), name, read=False)
+            path: item_of(os.lstat(name), name, read=False)
             for path in there
             if os.path.lexists(name := self.here.path(path))
         }
@@ -380,7 +380,7 @@ class Twins:
     def _as_published(top: Path) -> None:
         """On the disk, what a publish changes by promise: owners, and two bits of directories."""
         owner = top.lstat()
-        for path in _walk(str(top)):
+        for path in walk(str(top)):
             os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
             status = os.lstat(path)
             if stat.S_ISDIR(status.st_mode) and status.st_mode & 0o7000:
@@ -452,7 +452,7 @@ def _is_below(path: str, top: str) -> bool:
 
 def _remove(path: str) -> None:
     """As `rm -r`: children first, never through a link."""
-    for each in reversed(list(_walk(path))):
+    for each in reversed(list(walk(path))):
         if stat.S_ISDIR(os.lstat(each).st_mode):
             os.rmdir(each)
         else:

@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from tests.mount.model import FIRST_NS, Twins, World, data_of
+from tests.mount.model import Twins, World, data_of
+from tests.mount.model_sides import FIRST_NS
 from tests.mount.store import MountedStore
 
 _T = TypeVar("_T")

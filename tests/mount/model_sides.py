@@ -34,7 +34,7 @@ class Item:
     content: bytes | None = None
 
 
-def _item(status: os.stat_result, path: str, *, read: bool) -> Item:
+def item_of(status: os.stat_result, path: str, *, read: bool) -> Item:
     is_directory, is_link = stat.S_ISDIR(status.st_mode), stat.S_ISLNK(status.st_mode)
     return Item(
         mode=status.st_mode,
@@ -63,25 +63,25 @@ def look(root: Path, *, read: bool, stat_of: Callable[[str], os.stat_result] = o
     tree: Tree = {}
     inodes: dict[str, int] = {}
     names: dict[int, list[str]] = {}
-    for path in _walk(str(root)):
+    for path in walk(str(root)):
         below = os.path.relpath(path, root)
         status = stat_of(path)
         inodes[below] = status.st_ino
         names.setdefault(status.st_ino, []).append(below)
-        tree[below] = _item(status, path, read=read)
+        tree[below] = item_of(status, path, read=read)
     for links in names.values():
         for below in links:
             tree[below] = replace(tree[below], links=tuple(sorted(links)))
     return tree, inodes
 
 
-def _walk(path: str) -> Iterator[str]:
+def walk(path: str) -> Iterator[str]:
     yield path
     with os.scandir(path) as found:
         entries = sorted(found, key=lambda entry: entry.name)
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
-            yield from _walk(entry.path)
+            yield from walk(entry.path)
         else:
             yield entry.path
 
