@@ -6,6 +6,7 @@ After the tests a line names the S3 servers that they ran on.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +27,13 @@ def _events_follow_their_schemas(request: pytest.FixtureRequest) -> Iterator[Non
     yield
     for path in catalogs_below(folder) if folder is not None else ():
         check_catalog(path)
+
+
+def pytest_configure() -> None:
+    # A run in the background of a script ignores these, and so would every program that the tests start and signal.
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
