@@ -10,10 +10,12 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 PACKAGE_PUBLISHED: Final = "v1.package.published"
+LOCATION_STORED: Final = "v1.storage.location_stored"
+"""A backend acknowledged a put: of what came in, or of a copy. The location is new, or was `failed`."""
 LOCATION_VERIFIED: Final = "v1.storage.location_verified"
-"""A location was judged, good or bad: by verify, which re-reads it, or by a read that met wrong bytes."""
-LOCATION_ADDED: Final = "v1.storage.location_added"
-"""A blob of a published package was copied to a further backend."""
+"""A location was re-read whole and judged, good or bad."""
+LOCATION_FAILED: Final = "v1.storage.location_failed"
+"""A read met missing or wrong bytes in a location that counted as good."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import pytest
 
-from castore import errors
+from castore import errors, events
 from castore.catalog.records import Kind
 from castore.cli.main import root
 from castore.config_values import parse_duration, parse_size
@@ -265,6 +265,16 @@ def test_every_module_has_its_line() -> None:
     assert {path for path, count in Counter(named).items() if count > 1} == set()
     modules = {str(path) for path in SOURCES if path.name not in ("__init__.py", "__main__.py")}
     assert modules - set(named) == set()
+
+
+def test_every_type_of_event_has_its_line_and_its_schema() -> None:
+    found = re.findall(
+        r"^\| \[`(v1\.[a-z_.]+)`\]\(events/(\S+)\) \|", (ROOT / "docs/EVENTS.md").read_text(), flags=re.MULTILINE
+    )
+    in_code = {value for value in vars(events).values() if isinstance(value, str) and value.startswith("v1.")}
+    assert {name for name, _ in found} == in_code
+    assert [(name, file) for name, file in found if file != f"{name}.schema.json"] == []
+    assert {path.name for path in (ROOT / "docs/events").iterdir()} == {file for _, file in found}
 
 
 def test_decisions_have_their_own_numbers() -> None:

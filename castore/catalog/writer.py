@@ -334,9 +334,13 @@ class Transaction:
 
     def add_event(self, event: Event) -> None:
         """Store an event with the change that it tells of."""
-        self._execute(
+        self.add_events([event])
+
+    def add_events(self, events: Iterable[Event]) -> None:
+        """Store events, in this order, with the changes that they tell of."""
+        self._connection.executemany(
             "INSERT INTO events (event_id, type, subject, time_ns, data) VALUES (?, ?, ?, ?, ?)",
-            (event.event_id, event.type, event.subject, event.time_ns, data_json(event)),
+            [(event.event_id, event.type, event.subject, event.time_ns, data_json(event)) for event in events],
         )
 
 

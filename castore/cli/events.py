@@ -82,11 +82,14 @@ def _line(stored: StoredEvent) -> str:
 def _words(event: Event) -> str:
     """What a person wants to know of the data of any type."""
     data: dict[str, Any] = event.data
+    backend_id = data.get("backend_id")
+    if data.get("reason"):
+        return printable(f"failed ({data['reason']}) in {backend_id}")
     if "status" in data:
-        reason = f" ({data['reason']})" if data.get("reason") else ""
-        return printable(f"{data['status']}{reason} in {data.get('backend_id')}")
+        return printable(f"{data['status']} in {backend_id}")
     if "source_backend_id" in data:
-        return printable(f"copied from {data['source_backend_id']} to {data.get('backend_id')}")
+        source_id = data["source_backend_id"]
+        return printable(f"copied from {source_id} to {backend_id}" if source_id else f"stored in {backend_id}")
     if "file_count" in data:
         return printable(f"{data['file_count']} files in {', '.join(data.get('backend_ids', []))}")
     return ""

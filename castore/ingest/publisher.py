@@ -39,6 +39,7 @@ from castore.ingest.labels import LabelReader, Labels
 from castore.ingest.staged_file import StagedFile
 from castore.ingest.tree import IngestTree
 from castore.ingest.uploader import Uploader
+from castore.registry.locations import record_stored
 from castore.registry.names import is_valid_version
 from castore.registry.routing import Route
 from castore.storage.source import FileSource
@@ -337,7 +338,7 @@ class Publisher:
                 lost = transaction.unstored_file(draft.root.inode, backend_id)
                 if lost:
                     return lost
-            transaction.add_locations([(manifest, backend_id) for backend_id in draft.backend_ids])
+            record_stored(transaction, [(manifest, backend_id) for backend_id in draft.backend_ids])
             parent_id = transaction.add_package_name(
                 draft.name,
                 inode=inode,

@@ -26,6 +26,7 @@ from castore.ingest.labels import LabelReader
 from castore.ingest.leftovers import Leftovers
 from castore.ingest.pulse import Signal
 from castore.ingest.rate import RateWindow
+from castore.registry.locations import record_stored
 from castore.registry.routing import Route, Router
 from castore.storage.source import FileSource
 from castore.storage.spi import StorageBackend
@@ -348,7 +349,7 @@ def _location_work(results: list[_Result]) -> Callable[[Transaction], None]:
     failed = [(each.upload.summary.digest, each.backend_id) for each in results if each.error and each.is_over]
 
     def work(transaction: Transaction) -> None:
-        transaction.add_locations(stored)
+        record_stored(transaction, stored)
         transaction.drop_intents(failed)
 
     return work

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
 from castore.catalog.records import FailureReason, LocationStatus
 from castore.catalog.writer import Transaction
-from castore.digest import Digest
-from castore.events import LOCATION_ADDED, LOCATION_VERIFIED, Event
+from castore.digest import BlobSummary, Digest
+from castore.events import LOCATION_FAILED, LOCATION_STORED, LOCATION_VERIFIED, Event
 
 PACKAGES_NAMED: Final = 20
 """Packages that an event names at most: enough to act on, and a bound for a blob that is in every package."""
@@ -50,15 +51,19 @@ def record_finding(transaction: Transaction, finding: Finding) -> dict[str, Any]
         seen=(finding.seen_status, finding.seen_stored_at_ns),
     ):
         return None
-    return _add_event(
-        transaction,
-        finding.digest,
-        backend_id=finding.backend_id,
-        size_bytes=finding.size_bytes,
-        reason=finding.reason,
-        observed_digest=finding.observed_digest,
-        duration_ms=finding.duration_ms,
-    )
+    digest = finding.digest
+    data = {
+        "backend_id": finding.backend_id,
+        "digest": str(digest),
+        "size_bytes": finding.size_bytes,
+        "status": str(finding.status),
+        "reason": None if finding.reason is None else str(finding.reason),
+        "observed_digest": None if finding.observed_digest is None else str(finding.observed_digest),
+        "packages": list(transaction.packages_of(digest, PACKAGES_NAMED)),
+        "duration_ms": finding.duration_ms,
+    }
+    transaction.add_event(Event(type=LOCATION_VERIFIED, subject=str(digest), data=data))
+    return data
 
 
 def record_bad_read(transaction: Transaction, digest: Digest, backend_id: str, reason: FailureReason) -> bool:
@@ -68,18 +73,25 @@ def record_bad_read(transaction: Transaction, digest: Digest, backend_id: str, r
     """
     if not transaction.fail_location(digest, backend_id, reason):
         return False
-    size_bytes = transaction.size_bytes(digest)
     # A read looks at some blocks only: it knows neither the digest of the whole nor how long that takes.
-    _add_event(
-        transaction,
-        digest,
-        backend_id=backend_id,
-        size_bytes=size_bytes,
-        reason=reason,
-        observed_digest=None,
-        duration_ms=None,
-    )
+    data = {
+        "backend_id": backend_id,
+        "digest": str(digest),
+        "size_bytes": transaction.size_bytes(digest),
+        "reason": str(reason),
+        "packages": list(transaction.packages_of(digest, PACKAGES_NAMED)),
+    }
+    transaction.add_event(Event(type=LOCATION_FAILED, subject=str(digest), data=data))
     return True
+
+
+def record_stored(transaction: Transaction, stored: Collection[tuple[BlobSummary, str]]) -> None:
+    """Puts of what came in were acknowledged: each (blob, backend id) becomes `stored`, with its event."""
+    transaction.add_locations(stored)
+    # No packages: the one that this is for comes later, and asking for others would cost as much as all the rest.
+    transaction.add_events(
+        _stored_event(summary.digest, backend_id, None, summary.size_bytes, [], None) for summary, backend_id in stored
+    )
 
 
 def record_copy(
@@ -91,37 +103,26 @@ def record_copy(
     """
     if not transaction.add_copy(digest, backend_id):
         return None
+    packages = list(transaction.packages_of(digest, PACKAGES_NAMED))
+    event = _stored_event(digest, backend_id, source_id, size_bytes, packages, duration_ms)
+    transaction.add_event(event)
+    return event.data
+
+
+def _stored_event(
+    digest: Digest,
+    backend_id: str,
+    source_id: str | None,
+    size_bytes: int,
+    packages: list[str],
+    duration_ms: int | None,
+) -> Event:
     data = {
         "backend_id": backend_id,
         "source_backend_id": source_id,
         "digest": str(digest),
         "size_bytes": size_bytes,
-        "packages": list(transaction.packages_of(digest, PACKAGES_NAMED)),
+        "packages": packages,
         "duration_ms": duration_ms,
     }
-    transaction.add_event(Event(type=LOCATION_ADDED, subject=str(digest), data=data))
-    return data
-
-
-def _add_event(
-    transaction: Transaction,
-    digest: Digest,
-    *,
-    backend_id: str,
-    size_bytes: int,
-    reason: FailureReason | None,
-    observed_digest: Digest | None,
-    duration_ms: int | None,
-) -> dict[str, Any]:
-    data = {
-        "backend_id": backend_id,
-        "digest": str(digest),
-        "size_bytes": size_bytes,
-        "status": str(LocationStatus.VERIFIED if reason is None else LocationStatus.FAILED),
-        "reason": None if reason is None else str(reason),
-        "observed_digest": None if observed_digest is None else str(observed_digest),
-        "packages": list(transaction.packages_of(digest, PACKAGES_NAMED)),
-        "duration_ms": duration_ms,
-    }
-    transaction.add_event(Event(type=LOCATION_VERIFIED, subject=str(digest), data=data))
-    return data
+    return Event(type=LOCATION_STORED, subject=str(digest), data=data)

@@ -87,17 +87,14 @@ def test_a_failed_location_is_said_in_words(cli: Cli, catalog: Path) -> None:
     writer.close()
     assert (failed, again) == (True, False)
     (line,) = cli("events").stdout.splitlines()
-    assert line.endswith(f"  v1.storage.location_verified  {summary.digest}  failed (size_mismatch) in local")
+    assert line.endswith(f"  v1.storage.location_failed  {summary.digest}  failed (size_mismatch) in local")
     event = json.loads(cli("events", "--json").stdout)
     assert event["data"] == {
         "backend_id": "local",
         "digest": str(summary.digest),
         "size_bytes": 1,
-        "status": "failed",
         "reason": "size_mismatch",
-        "observed_digest": None,
         "packages": [],
-        "duration_ms": None,
     }
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from castore.catalog.reader import CatalogReader
 from castore.catalog.records import LocationStatus
-from castore.events import LOCATION_VERIFIED
+from castore.events import LOCATION_FAILED
 from castore.storage.backends.durable import ROOT_MARK
 from castore.storage.layout import key_of
 from tests.mount.crash_round import rows
@@ -194,10 +194,10 @@ def test_a_damaged_object(store: MountedStore, damage: Callable[[Path], None], r
         assert entry is not None
         [location] = catalog.locations(entry.blob_id)
         assert (location.status, location.reason) == (LocationStatus.FAILED, reason)
-    query = f"SELECT subject, data FROM events WHERE type = '{LOCATION_VERIFIED}'"
+    query = f"SELECT subject, data FROM events WHERE type = '{LOCATION_FAILED}'"
     [(subject, text)] = rows(store.state / "catalog.db", query)
     event = json.loads(text)
-    assert (subject, event["backend_id"], event["status"], event["reason"]) == (digest, "local", "failed", reason)
+    assert (subject, event["backend_id"], event["reason"]) == (digest, "local", reason)
     status = store.run("status", "--json")
     assert status.returncode == 1
     assert json.loads(status.stdout)["daemon"]["failed_location_count"] == 1

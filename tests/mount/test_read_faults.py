@@ -17,7 +17,7 @@ import pytest
 
 from castore.config import BackendSettings, load_config
 from castore.digest import Digest
-from castore.events import LOCATION_VERIFIED
+from castore.events import LOCATION_FAILED
 from tests.damage import cut_short, flip_a_bit, remove
 from tests.mount.crash_round import rows
 from tests.mount.daemons import descriptor
@@ -200,10 +200,10 @@ def broken(faulty: FaultyStore, fault: str) -> Iterator[None]:
     proxy.mend()
 
 
-def location_events(faulty: FaultyStore, fault: str) -> list[tuple[str, str, str]]:
-    query = f"SELECT data FROM events WHERE type = '{LOCATION_VERIFIED}' AND subject = '{faulty.digest(fault)}'"
+def location_events(faulty: FaultyStore, fault: str) -> list[tuple[str, str]]:
+    query = f"SELECT data FROM events WHERE type = '{LOCATION_FAILED}' AND subject = '{faulty.digest(fault)}'"
     found = [json.loads(text) for (text,) in rows(faulty.store.state / "catalog.db", query)]
-    return sorted((event["backend_id"], event["status"], event["reason"]) for event in found)
+    return sorted((event["backend_id"], event["reason"]) for event in found)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=map(str, ROWS))
@@ -220,7 +220,7 @@ def test_a_read(stores: Callable[[int], FaultyStore], row: Row) -> None:
         failed = (FIRST, SECOND)[: len(row.gets) if row.fault == FLIPPED_EVERYWHERE else 1] if row.reason else ()
         statuses = os.getxattr(faulty.path(row.fault), "user.castore.status").decode().split(",")
         assert statuses == ["failed" if name in failed else "stored" for name in (FIRST, SECOND)[: row.locations]]
-        assert location_events(faulty, row.fault) == [(name, "failed", row.reason) for name in failed]
+        assert location_events(faulty, row.fault) == [(name, row.reason) for name in failed]
         if not row.number:
             assert read() == faulty.data[row.fault], "from memory"
             assert faulty.gets(row.fault) == row.gets

@@ -334,4 +334,4 @@ def test_it_happens_under_a_mount(
 def failed_locations(store: MountedStore) -> list[dict[str, Any]]:
     """The events of locations that were blamed."""
     events = [json.loads(line)["data"] for line in store.castore("events", "--json").splitlines()]
-    return [event for event in events if event.get("status") == "failed"]
+    return [event for event in events if event.get("reason")]

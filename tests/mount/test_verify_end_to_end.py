@@ -24,6 +24,8 @@ from tests.mount.trees import make_tree, snapshot
 from tests.places import EVERY_PLACE, PLACES, Place
 
 LOCATION_VERIFIED = "v1.storage.location_verified"
+LOCATION_FAILED = "v1.storage.location_failed"
+LOCATION_STORED = "v1.storage.location_stored"
 everywhere = pytest.mark.parametrize("place", PLACES, indirect=True)
 RSS_KIB = 120 * 1024
 """What an idle daemon may take, its HTTP API in use."""
@@ -91,13 +93,18 @@ def test_from_copying_in_to_mending(store: MountedStore, tmp_path: Path) -> None
     expected = {path: item.content for path, item in snapshot(source).items()}
     assert {path: item.content for path, item in snapshot(package).items()} == expected
     assert health(store)["status"] == "pass"
-    assert [event["type"] for event in events(store)] == ["v1.package.published"]
+    *stored, published = events(store)
+    assert published["type"] == "v1.package.published"
+    assert {event["type"] for event in stored} == {LOCATION_STORED}
 
     # All is well, and known to be.
     locations, summary = verify(store, 0)
     assert summary["verified"] == summary["location_count"] == len(locations)
-    assert {event["data"]["status"] for event in events(store)[1:]} == {"verified"}
-    assert len(events(store)) == 1 + len(locations)
+    verified = events(store)[len(stored) + 1 :]
+    assert {(event["type"], event["data"]["status"]) for event in verified} == {(LOCATION_VERIFIED, "verified")}
+    assert len(verified) == len(locations)
+    subjects = sorted(event["subject"] for event in stored)
+    assert subjects == sorted(event["subject"] for event in verified), "each location was told to be stored, once"
     assert os.getxattr(package / "bin/tool", "user.castore.status") == b"verified"
 
     # One object is damaged: found, named, and nothing else is.
@@ -146,7 +153,7 @@ def test_each_kind_of_damage(store: MountedStore, kind: str) -> None:
 
 
 @everywhere
-def test_a_read_that_meets_damage_says_so_like_verify(store: MountedStore) -> None:
+def test_a_read_that_meets_damage_says_so(store: MountedStore) -> None:
     data = os.urandom(300_000)
     (store.ingest("demo/1") / "a").write_bytes(data)
     path = store.publish("demo/1") / "a"
@@ -155,16 +162,14 @@ def test_a_read_that_meets_damage_says_so_like_verify(store: MountedStore) -> No
     damage(store, remove, digest_of(path))
     with fails(errno.EIO):
         path.read_bytes()
-    (event,) = [event for event in events(store) if event["type"] == LOCATION_VERIFIED]
+    assert [event for event in events(store) if event["type"] == LOCATION_VERIFIED] == [], "nothing was re-read whole"
+    (event,) = [event for event in events(store) if event["type"] == LOCATION_FAILED]
     assert event["data"] == {
         "backend_id": "main",
         "digest": str(digest_of(path)),
         "size_bytes": len(data),
-        "status": "failed",
         "reason": "missing",
-        "observed_digest": None,
         "packages": ["demo/1"],
-        "duration_ms": None,
     }
     assert health(store)["checks"]["blobs:unreadable"][0]["packages"] == ["demo/1"]
 
@@ -191,7 +196,7 @@ def test_the_documents_of_the_mount(store: MountedStore) -> None:
     assert get(f"{url}/livez") == get(f"{url}/readyz") == (200, {"status": "pass"})
     (store.ingest("demo/1") / "a").write_bytes(b"a")
     store.publish("demo/1")
-    assert [event["subject"] for event in get(f"{url}/v1/events")[1]] == ["demo/1"]
+    assert [event["subject"] for event in get(f"{url}/v1/events?type=v1.package.published")[1]] == ["demo/1"]
     with fails(errno.EROFS):
         (store.mnt / ".castore/health.json").write_text("")
 

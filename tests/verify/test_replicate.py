@@ -14,7 +14,7 @@ from castore.catalog.copying import CopyReader, PackageCopy
 from castore.catalog.event_log import EventReader
 from castore.digest import Digest
 from castore.errors import SourceChanged
-from castore.events import LOCATION_ADDED
+from castore.events import LOCATION_STORED
 from castore.storage.spi import StorageBackend
 from castore.verify.aside import AsideRoom
 from castore.verify.replicate import Copied, CopyOutcome, CopyTally, Replication
@@ -99,7 +99,7 @@ async def test_all_that_packages_need_arrives(store: PublishedStore) -> None:
     assert {outcome.row.digest for outcome in outcomes[-2:]} == {digests[b""], other[b""]}
     with EventReader(store.catalog_path) as reader:
         events = [stored.event for stored in reader.events_after(0, 100)[0]]
-    assert {event.type for event in events} == {LOCATION_ADDED}
+    assert {event.type for event in events} == {LOCATION_STORED}
     assert [event.subject for event in events] == [str(outcome.row.digest) for outcome in outcomes]
     event = some(event.data for event in events if event.subject == str(digests[b"a"]))
     assert event.pop("duration_ms") >= 0
@@ -270,7 +270,7 @@ async def test_beside_verify_publish_and_another_replication(store: PublishedSto
     assert len(store.statuses()) == 2 * len(every)
     with EventReader(store.catalog_path) as reader:
         events = [stored.event for stored in reader.events_after(0, 10_000)[0]]
-    added = [event.subject for event in events if event.type == LOCATION_ADDED]
+    added = [event.subject for event in events if event.type == LOCATION_STORED]
     assert len(added) == len(set(added)), "each new location is told once, whoever made it"
     await Scrub(store.catalog_path, store.backends).run()
     assert set(store.statuses().values()) == {"verified"}
