@@ -39,6 +39,11 @@ POINTS: Final = {
 }
 """Every point, in the order in which a small package meets them, and what is so at that moment."""
 
+COMMAND_POINTS: Final = {
+    "export.filled": "every file of an export is written, its directory is not in its place",
+}
+"""The same of commands that work beside a daemon."""
+
 _name, _, _number = os.environ.get(VARIABLE, "").partition(":")
 _left = int(_number) if _number.isdecimal() else 1
 

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final
+import time
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from castore.api.control_client import ControlClient
 from castore.cli.output import format_bytes, format_time_ns, print_columns, print_json, printable, text_fields
+from castore.cli.package_compare import diff, sums
+from castore.cli.package_export import export_package
 from castore.cli.package_import import import_package
+from castore.cli.parameters import DURATION, SIZE
 from castore.cli.progress import progress
 from castore.cli.session import Session, common_options, json_option
 from castore.errors import NotFound
 from castore.registry.names import parse_ref
 
 if TYPE_CHECKING:
-    from castore.catalog.reader import CatalogReader
+    from castore.catalog.package_tree import TreeReader
     from castore.catalog.records import Entry, Package
-
-_PAGE_ENTRIES: Final = 1000
-"""Entries fetched by one query: keeps memory flat in a directory of any size."""
 
 
 @click.group("package")
@@ -31,23 +32,62 @@ def command() -> None:
 
 
 @command.command("list")
+@click.option("--name", metavar="PATTERN", default="*", help="Only packages whose NAME is like that.")
+@click.option("--producer", metavar="PATTERN", default="*", help="Only packages of such a producer.")
+@click.option("--class", "retention_class", metavar="PATTERN", default="*", help="Only of such a retention class.")
+@click.option("--older-than", type=DURATION, help="Published longer ago than that, for example 90d.")
+@click.option("--newer-than", type=DURATION, help="Published since.")
+@click.option("--larger-than", type=SIZE, help="Of more bytes, for example 1GiB.")
+@click.option("--smaller-than", type=SIZE, help="Of fewer bytes.")
 @json_option
 @common_options
 @click.pass_obj
-def list_packages(session: Session, as_json: bool) -> None:
-    """List all published packages, by name and time of publish."""
+def list_packages(session: Session, /, as_json: bool, **filters: Any) -> None:
+    """List published packages, by name and time of publish: all, or those that every filter lets through.
+
+    A PATTERN is shell-style.
+
+    Example: castore package list --class nightly --older-than 30d
+    """
     from castore.catalog.reader import CatalogReader
 
     with CatalogReader.open(session.config().store.catalog_path) as reader:
-        if as_json:
-            print_json({"packages": [_package_document(package) for package in reader.packages()]})
-            return
-        rows = [_package_row(package) for package in reader.packages()]
+        found = [package for package in reader.packages() if _is_wanted(package, **filters)]
+    if as_json:
+        print_json({"packages": [_package_document(package) for package in found]})
+        return
     header = ("REF", "FILES", "SIZE", "PUBLISHED", "PRODUCER", "CLASS", "BACKENDS")
-    if rows:
-        print_columns([header, *rows], right=(1, 2))
+    if found:
+        print_columns([header, *map(_package_row, found)], right=(1, 2))
     else:
-        click.echo("no packages are published")
+        click.echo("no packages are published" if all(map(_is_unset, filters.values())) else "no such packages")
+
+
+def _is_unset(value: Any) -> bool:
+    return value in (None, "*")
+
+
+def _is_wanted(
+    package: Package,
+    *,
+    name: str,
+    producer: str,
+    retention_class: str,
+    older_than: float | None,
+    newer_than: float | None,
+    larger_than: int | None,
+    smaller_than: int | None,
+) -> bool:
+    age = (time.time_ns() - package.published_at_ns) / 1e9
+    return (
+        fnmatchcase(package.name, name)
+        and fnmatchcase(package.producer, producer)
+        and fnmatchcase(package.retention_class, retention_class)
+        and (older_than is None or age > older_than)
+        and (newer_than is None or age < newer_than)
+        and (larger_than is None or package.size_bytes > larger_than)
+        and (smaller_than is None or package.size_bytes < smaller_than)
+    )
 
 
 @command.command("show")
@@ -57,26 +97,43 @@ def list_packages(session: Session, as_json: bool) -> None:
 @common_options
 @click.pass_obj
 def show(session: Session, ref: str, files: bool, as_json: bool) -> None:
-    """Show the package REF, written NAME/VERSION or NAME/latest."""
-    from castore.catalog.reader import CatalogReader
+    """Show the package REF, written NAME/VERSION or NAME/latest: where it is stored, and what it shares with others."""
+    from castore.catalog.package_tree import TreeReader
 
     name, version = parse_ref(ref, allow_latest=True)
-    with CatalogReader.open(session.config().store.catalog_path) as reader:
+    with TreeReader(session.config().store.catalog_path) as reader:
         package = reader.package(name, version)
         if package is None:
             raise NotFound(f"{ref}: no such package is published")
-        document = _package_document(package)
+        document = _package_document(package) | _storage_document(reader, package)
         if as_json:
             if files:
-                document["entries"] = [_entry_document(path, entry) for path, entry in _walk(reader, package.root_id)]
+                entries = reader.walk(package.root_id)
+                document["entries"] = [_entry_document(path, entry) for path, entry in entries]
             print_json(document)
             return
-        _print_package(package)
+        _print_package(package, document)
         if files:
             click.echo()
             # Written as they come: a package may have millions.
-            for path, entry in _walk(reader, package.root_id):
+            for path, entry in reader.walk(package.root_id):
                 click.echo(_entry_line(path, entry))
+
+
+def _storage_document(reader: TreeReader, package: Package) -> dict[str, Any]:
+    shared = reader.shared(package.root_id)
+    manifest = reader.blob_by_digest(package.manifest_digest)
+    states = reader.location_states(package.root_id, manifest.blob_id if manifest else 0)
+    return {
+        "blob_count": shared.blob_count,
+        "blob_bytes": shared.blob_bytes,
+        "shared_blob_count": shared.shared_count,
+        "shared_blob_bytes": shared.shared_bytes,
+        "locations": [
+            {"backend_id": backend_id, "status": str(status), "location_count": count, "size_bytes": size_bytes}
+            for backend_id, status, count, size_bytes in states
+        ],
+    }
 
 
 @command.command("publish")
@@ -105,7 +162,8 @@ def publish(session: Session, ref: str, as_json: bool) -> None:
         click.echo(f"published {ref}")
 
 
-command.add_command(import_package)
+for _part in (import_package, export_package, sums, diff):
+    command.add_command(_part)
 
 
 def _package_document(package: Package) -> dict[str, Any]:
@@ -136,43 +194,24 @@ def _package_row(package: Package) -> tuple[str, ...]:
     )
 
 
-def _print_package(package: Package) -> None:
-    print_columns(
-        [
-            ("ref", package.ref),
-            ("producer", printable(package.producer)),
-            ("retention class", printable(package.retention_class)),
-            ("published", f"{format_time_ns(package.published_at_ns)} by uid {package.publisher_uid}"),
-            ("files", str(package.file_count)),
-            ("size", format_bytes(package.size_bytes)),
-            ("manifest", str(package.manifest_digest)),
-            ("backends", printable(", ".join(package.backend_ids))),
-        ]
-    )
-
-
-def _walk(reader: CatalogReader, root_id: int) -> Iterator[tuple[bytes, Entry]]:
-    """Every entry below a package's root with its path, a directory before what is in it. Memory grows with depth."""
-    from castore.catalog.records import Kind
-
-    # One page of children for each directory on the way down.
-    pending = [(b"", _children(reader, root_id))]
-    while pending:
-        prefix, children = pending[-1]
-        entry = next(children, None)
-        if entry is None:
-            pending.pop()
-            continue
-        yield prefix + entry.name, entry
-        if entry.kind is Kind.DIRECTORY:
-            pending.append((prefix + entry.name + b"/", _children(reader, entry.inode)))
-
-
-def _children(reader: CatalogReader, parent_id: int) -> Iterator[Entry]:
-    after = 0
-    while page := reader.children(parent_id, after, _PAGE_ENTRIES):
-        yield from page
-        after = page[-1].entry_id
+def _print_package(package: Package, document: dict[str, Any]) -> None:
+    blobs = f"{document['blob_count']} blobs, {format_bytes(document['blob_bytes'])}"
+    shared = f"{document['shared_blob_count']}, {format_bytes(document['shared_blob_bytes'])}"
+    rows = [
+        ("ref", package.ref),
+        ("producer", printable(package.producer)),
+        ("retention class", printable(package.retention_class)),
+        ("published", f"{format_time_ns(package.published_at_ns)} by uid {package.publisher_uid}"),
+        ("files", str(package.file_count)),
+        ("size", format_bytes(package.size_bytes)),
+        ("stored as", f"{blobs}; shared with other packages: {shared}"),
+        ("manifest", str(package.manifest_digest)),
+        ("backends", printable(", ".join(package.backend_ids))),
+    ]
+    for state in document["locations"]:
+        count = f"{state['location_count']} objects, {format_bytes(state['size_bytes'])}"
+        rows.append((f"in {printable(state['backend_id'])}", f"{state['status']}: {count}"))
+    print_columns(rows)
 
 
 def _entry_document(path: bytes, entry: Entry) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def test_publish_list_show(at: Cli, store: MountedStore) -> None:
     assert last["published_at_ns"] > packages[1]["published_at_ns"]
 
     for ref in ("zlib/1.3", "zlib/latest"):
-        assert json.loads(at("package", "show", ref, "--json").stdout) == last
+        assert last.items() <= json.loads(at("package", "show", ref, "--json").stdout).items()
     shown = dict(
         re.split(r"  +", line, maxsplit=1) for line in at("package", "show", "zlib/latest").stdout.splitlines()
     )

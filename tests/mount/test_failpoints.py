@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from castore.failpoint import POINTS, VARIABLE
+from castore.failpoint import COMMAND_POINTS, POINTS, VARIABLE
 from tests.mount.crash_round import rows
 from tests.mount.store import MountedStore, wait_until
 
@@ -127,4 +127,4 @@ def test_every_point_is_somewhere() -> None:
     for folder in ("castore", "mount"):
         for path in (SOURCE / folder).rglob("*.py"):
             found += re.findall(r"\bfailpoint\(\"([a-z.]+)\"\)", path.read_text())
-    assert sorted(found) == sorted(POINTS)
+    assert sorted(found) == sorted([*POINTS, *COMMAND_POINTS])
