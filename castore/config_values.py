@@ -38,6 +38,7 @@ _DURATION_UNITS: Final = {
 _QUANTITY = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]+)", re.ASCII)
 
 SIZE_RULE: Final = 'an integer of bytes, or a size such as "20GiB" (B, kB, MB, GB, TB, KiB, MiB, GiB, TiB)'
+RATE_RULE: Final = 'a size in a second such as "50MiB/s" (B, kB, MB, GB, TB, KiB, MiB, GiB, TiB)'
 DURATION_RULE: Final = 'a duration such as "5s" (ms, s, min, h, d)'
 REFERENCE_RULE: Final = '"env:NAME" or "file:PATH": a reference to the secret, never the secret itself'
 
@@ -72,6 +73,14 @@ def parse_duration(text: str) -> float:
     if match is None or match[2] not in _DURATION_UNITS:
         raise ValueError("not a duration")
     return float(Fraction(match[1]) * _DURATION_UNITS[match[2]])
+
+
+def parse_rate(text: str) -> int:
+    """Bytes in a second that a text such as `50MiB/s` means, 1 at least. Raises ValueError for anything else."""
+    rate = parse_size(text.removesuffix("/s"))
+    if not text.endswith("/s") or not rate:
+        raise ValueError("not a rate")
+    return rate
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:

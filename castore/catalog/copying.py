@@ -11,6 +11,7 @@ from typing import Any, Final
 from castore.catalog.reader import CatalogReader
 from castore.catalog.records import LocationStatus
 from castore.catalog.scrub import LocationRow
+from castore.catalog.uses import FILES_BELOW
 from castore.digest import MANIFEST_ALGORITHM, Digest
 
 _SLICES: Final = 256
@@ -29,13 +30,6 @@ _IN_A_FILE: Final = "EXISTS (SELECT 1 FROM entries WHERE entries.blob_id = here.
 _A_MANIFEST: Final = "EXISTS (SELECT 1 FROM packages WHERE manifest_blob_id = here.blob_id)"
 _ROW: Final = "SELECT here.blob_id, algorithm, digest, size_bytes, status, stored_at_ns"
 
-_FILES_OF: Final = """
-WITH RECURSIVE folder(inode) AS (
-    SELECT :root UNION ALL
-    SELECT entries.inode FROM folder JOIN entries ON entries.parent_id = folder.inode WHERE kind = 1
-)
-SELECT DISTINCT blob_id FROM folder JOIN entries ON entries.parent_id = folder.inode WHERE blob_id <> 0
-"""
 _PACKAGE: Final = "SELECT package_id, name || '/' || version, root_id, manifest_blob_id FROM packages"
 
 
@@ -117,7 +111,7 @@ class CopyReader(CatalogReader):
         return [_location(row, source) for row in rows]
 
     def _file_blobs(self, package: PackageCopy) -> array[int]:
-        return array("q", (row[0] for row in self._rows(_FILES_OF, {"root": package.root_id})))
+        return array("q", (row[0] for row in self._rows(FILES_BELOW, {"root": package.root_id})))
 
     # packages
 
@@ -142,7 +136,7 @@ class CopyReader(CatalogReader):
     def lacking_count(self, package: PackageCopy, target: str) -> int:
         """How many blobs of a package, its manifest among them, have no good location in `target`."""
         row = self._rows(
-            f"SELECT count(*) FROM ({_FILES_OF} UNION SELECT :manifest) AS needed WHERE NOT EXISTS ("
+            f"SELECT count(*) FROM ({FILES_BELOW} UNION SELECT :manifest) AS needed WHERE NOT EXISTS ("
             "  SELECT 1 FROM storage_locations AS there WHERE there.blob_id = needed.blob_id "
             "  AND backend_id = :target AND status IN ('stored', 'verified'))",
             {"root": package.root_id, "manifest": package.manifest_blob_id, "target": target},

@@ -11,7 +11,7 @@ from typing import Final
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 """`PRAGMA user_version` of a catalog that has every migration below."""
 
 catalog_migrations = Migrations("castore.catalog")
@@ -163,6 +163,18 @@ _TABLES_3: Final = (
 @catalog_migrations(name="0003_backend_probes")
 def _third(db: Database) -> None:
     for statement in _TABLES_3:
+        db.execute(statement)
+
+
+_TABLES_4: Final = (
+    # The order in which verify looks at locations: never verified, then the oldest.
+    "CREATE INDEX locations_by_verification ON storage_locations (backend_id, verified_at_ns, blob_id)",
+)
+
+
+@catalog_migrations(name="0004_order_of_verification")
+def _fourth(db: Database) -> None:
+    for statement in _TABLES_4:
         db.execute(statement)
 
 

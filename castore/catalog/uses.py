@@ -40,6 +40,15 @@ SELECT package_names.name || '/' || CAST(up.name AS TEXT), path FROM up
 JOIN package_names ON package_names.inode = up.parent_id ORDER BY first_id
 """
 
+FILES_BELOW: Final = """
+WITH RECURSIVE folder(inode) AS (
+    SELECT :root UNION ALL
+    SELECT entries.inode FROM folder JOIN entries ON entries.parent_id = folder.inode WHERE kind = 1
+)
+SELECT DISTINCT blob_id FROM folder JOIN entries ON entries.parent_id = folder.inode WHERE blob_id <> 0
+"""
+"""The blobs of all files below the directory with the inode `root`."""
+
 
 def packages_of(execute: Execute, blob_id: int, limit: int) -> tuple[str, ...]:
     """Up to `limit` packages, as NAME/VERSION, that have the blob as a file or as their manifest; in order of text.

@@ -11,7 +11,7 @@ import click
 
 from castore.cli.output import print_columns, print_json, printable
 from castore.cli.session import Session, common_options, json_option
-from castore.cli.storage_verify import choose_backends
+from castore.cli.storage_choice import backend_option, choose_backends
 
 if TYPE_CHECKING:
     from castore.catalog.records import StoredProbe
@@ -26,13 +26,7 @@ _RESULTS: Final = {"pass": "good", "fail": "FAIL", "unknown": "unknown", "info":
 
 
 @click.command("probe")
-@click.option(
-    "--backend",
-    "names",
-    metavar="ID_OR_TYPE",
-    multiple=True,
-    help="Only this backend, or all backends of this type; may be repeated.  [default: all]",
-)
+@backend_option
 @json_option
 @common_options
 @click.pass_obj

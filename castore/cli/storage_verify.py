@@ -11,15 +11,17 @@ import click
 from castore.cli.long_run import INTERRUPTED, LongRun, Snapshot
 from castore.cli.output import format_bytes, json_line, printable, text_fields
 from castore.cli.session import Session, common_options
-from castore.errors import ConfigError
+from castore.cli.storage_choice import backend_option, choice_options, choose_backends, limit_options, make_choice
 
 if TYPE_CHECKING:
     from castore.catalog.reader import CatalogReader
-    from castore.catalog.scrub import LocationRow
-    from castore.config import BackendSettings, Config
+    from castore.catalog.scrub import Choice, LocationRow
+    from castore.config import Config
     from castore.storage.spi import StorageBackend
+    from castore.verify.limits import Limits
+    from castore.verify.outcomes import Outcome, Tally
+    from castore.verify.pace import Pace
     from castore.verify.reading import Reading
-    from castore.verify.scrub import Outcome, Tally
     from castore.verify.shard import Shard
 
 FOUND_SOMETHING_BAD: Final = 1
@@ -29,67 +31,45 @@ PATHS_NAMED: Final = 20
 """Paths listed for each failed location; how many more there are is said."""
 
 
-def _parse_shard(_context: click.Context, _parameter: click.Parameter, value: str | None) -> Shard | None:
-    if value is None:
-        return None
-    from castore.verify.shard import SHARD_RULE, Shard
-
-    try:
-        return Shard.parse(value)
-    except ValueError as exc:
-        raise click.BadParameter(f"{value!r}: expected {SHARD_RULE}") from exc
-
-
 @click.command("verify")
-@click.option(
-    "--backend",
-    "names",
-    metavar="ID_OR_TYPE",
-    multiple=True,
-    help="Only this backend, or all backends of this type; may be repeated.  [default: all]",
-)
-@click.option(
-    "--shard",
-    metavar="I/N",
-    callback=_parse_shard,
-    help="Only part I of N equal parts, the first being 1/N: for N hosts that share the work.",
-)
+@backend_option
+@choice_options
+@limit_options
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON document for each location, and one that sums up.")
 @common_options
 @click.pass_obj
-def verify(session: Session, names: tuple[str, ...], shard: Shard | None, as_json: bool) -> int:
-    """Re-read every stored object, compare its digest, and record the result.
+def verify(
+    session: Session,
+    /,
+    names: tuple[str, ...],
+    time_limit: float | None,
+    max_bytes: int | None,
+    rate: int | None,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Re-read every stored object, or what is chosen, compare its digest, and record the result.
 
-    Exits with 1 when an object is missing or wrong, and with 2 when a backend could not be read.
+    What was never verified comes first, then what was verified longest ago: so a run that ends early is gone on with
+    by the next one. Exits with 1 when an object is missing or wrong, and with 2 when one could not be reached.
     """
     import trio
 
-    from castore.catalog.reader import CatalogReader
+    from castore.catalog.scrub import ScrubReader
     from castore.storage.open import open_backend
+    from castore.verify.limits import Limits
+    from castore.verify.pace import Pace
 
     config = session.config()
     chosen = choose_backends(config, names)
-    with CatalogReader.open(config.store.catalog_path) as reader:
+    with ScrubReader(config.store.catalog_path) as reader:
+        choice = make_choice(reader, **options)
         backends = {backend_id: open_backend(settings) for backend_id, settings in chosen.items()}
-        run = _Run(config, backends, shard, reader, as_json)
-        trio.run(run.main)
+        limits = Limits(seconds=time_limit or 0, max_bytes=max_bytes or 0)
+        run = _Run(config, backends, choice, limits, options["shard"], reader, as_json)
+        trio.run(run.main, Pace(rate or 0))
         run.sum_up()
     return run.exit_code()
-
-
-def choose_backends(config: Config, names: tuple[str, ...]) -> dict[str, BackendSettings]:
-    """The backends that `--backend` names, by id or else by type; all when it is not given. Raises ConfigError."""
-    if not names:
-        return dict(config.backends)
-    chosen: dict[str, BackendSettings] = {}
-    for name in names:
-        by_id = {key: settings for key, settings in config.backends.items() if key == name}
-        by_type = {key: settings for key, settings in config.backends.items() if settings.backend_type == name}
-        if not by_id and not by_type:
-            known = ", ".join(f"{key} ({settings.backend_type})" for key, settings in config.backends.items())
-            raise ConfigError(f"--backend {name}: no such backend is configured; there are {known}")
-        chosen |= by_id or by_type
-    return chosen
 
 
 class _Run:
@@ -99,12 +79,16 @@ class _Run:
         self,
         config: Config,
         backends: dict[str, StorageBackend],
+        choice: Choice,
+        limits: Limits,
         shard: Shard | None,
         reader: CatalogReader,
         as_json: bool,
     ) -> None:
         self._config = config
         self._backends = backends
+        self._choice = choice
+        self._limits = limits
         self._shard = shard
         self._reader = reader
         self._as_json = as_json
@@ -112,13 +96,18 @@ class _Run:
         self._started = time.monotonic()
         self._tally: Tally
 
-    async def main(self) -> None:
+    async def main(self, pace: Pace) -> None:
         """The scrub, with progress, until it is done or interrupted. Raises StateError, and OSError of the output."""
-        from castore.catalog.scrub import ALL_DIGESTS
         from castore.verify.scrub import Scrub
 
-        within = self._shard.digests if self._shard else ALL_DIGESTS
-        scrub = Scrub(self._config.store.catalog_path, self._backends, within=within, on_outcome=self._tell)
+        scrub = Scrub(
+            self._config.store.catalog_path,
+            self._backends,
+            choice=self._choice,
+            limits=self._limits,
+            pace=pace,
+            on_outcome=self._tell,
+        )
         self._tally = scrub.tally
         await self._long.main(scrub.run, self._look)
 
@@ -137,8 +126,8 @@ class _Run:
     def _tell(self, outcome: Outcome) -> None:
         if self._as_json:
             self._long.say(json_line(self._document(outcome)))
-        elif outcome.verdict == "unreadable":
-            self._long.say(f"unreadable: {printable(outcome.error)}")
+        elif outcome.verdict == "unreachable":
+            self._long.say(f"unreachable: {printable(outcome.error)}")
         elif outcome.verdict == "failed":
             for line in failure_lines(self._reader, outcome.row, outcome.reading):
                 self._long.say(line)
@@ -168,7 +157,7 @@ class _Run:
         counts = self._tally.counts
         if self._long.is_interrupted:
             return INTERRUPTED
-        if self._tally.stopped or counts["unreadable"]:
+        if self._tally.stopped or counts["unreachable"]:
             return COULD_NOT_RUN
         return FOUND_SOMETHING_BAD if counts["failed"] else 0
 
@@ -185,6 +174,8 @@ class _Run:
                 f"in {seconds:.1f} s ({rate}/s)"
             )
             click.echo(", ".join(f"{verdict}: {count}" for verdict, count in tally.counts.items()))
+            if self._limits.reached:
+                click.echo(f"ended by its {self._limits.reached}; the next run goes on with what was not looked at")
         for backend_id, error in tally.stopped.items():
             why = printable(error.removeprefix(f"backend {backend_id}: "))
             print(f"castore: error: backend {printable(backend_id)} is given up: {why}", file=sys.stderr)
@@ -203,6 +194,7 @@ class _Run:
             "read_bytes": tally.read_bytes,
             "duration_s": round(seconds, 3),
             "given_up": [{"backend_id": backend_id, "error": error} for backend_id, error in tally.stopped.items()],
+            "ended_by": self._limits.reached or None,
             "interrupted": self._long.is_interrupted,
             "exit_code": self.exit_code(),
         }

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,16 +11,17 @@ import trio
 
 from castore.catalog.records import FailureReason
 from castore.digest import Digest, new_hasher
-from castore.errors import ObjectMissing, ObjectTruncated
+from castore.errors import ObjectMissing, ObjectTruncated, StorageError
 from castore.storage.spi import StorageBackend
+from castore.verify.pace import Pace
 
 PIECE_BYTES: Final = 8 * 1024 * 1024
 """One get: large enough that a remote store's latency is a small part of it."""
 LARGE_BYTES: Final = 1024 * 1024
 """Objects above this size share a few buffers of PIECE_BYTES; smaller ones get one of their own size."""
 LARGE_READS: Final = 4
-"""Large objects read at a time: with two cores, hashing is busy with fewer; bounds the memory of a scrub to 32 MiB for
-each backend, and as much again where the backend needs a buffer of its own."""
+"""Large objects read at a time: with two cores, hashing is busy with fewer; bounds the memory of a scrub to 64 MiB for
+each backend: of each, a piece is hashed while the next one is fetched."""
 HASH_INLINE_BYTES: Final = 64 * 1024
 """A piece up to this size is hashed on the event loop: 40 microseconds, where a thread costs 60."""
 
@@ -45,11 +45,18 @@ class Reading:
 class ObjectReader:
     """Reads the objects of one backend, from many tasks at once, in bounded memory.
 
-    `on_bytes` is told of each piece that was read and hashed.
+    Each piece waits for its turn by `pace`; `on_bytes` is told of each that was read and hashed.
     """
 
-    def __init__(self, backend: StorageBackend, *, on_bytes: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        backend: StorageBackend,
+        *,
+        pace: Pace | None = None,
+        on_bytes: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._backend = backend
+        self._pace = pace or Pace()
         self._on_bytes = on_bytes
         self._large = trio.CapacityLimiter(LARGE_READS)
         self._buffers: list[bytearray] = []
@@ -93,26 +100,56 @@ class ObjectReader:
             if keep is not None:
                 keep(offset, piece)
 
-        async with self._buffer(size_bytes) as buffer:
-            for offset in range(0, size_bytes, PIECE_BYTES):
-                length = min(PIECE_BYTES, size_bytes - offset)
-                piece = await self._backend.get(digest, offset=offset, length=length, into=buffer)
-                if length <= HASH_INLINE_BYTES:
-                    take(offset, piece)
-                else:
-                    await trio.to_thread.run_sync(take, offset, piece, limiter=self._hashing)
-                self._on_bytes(length)
+        if size_bytes <= LARGE_BYTES:
+            if size_bytes:
+                await self._hash(take, 0, await self._get(digest, 0, size_bytes, bytearray(size_bytes)))
+        else:
+            async with self._large:
+                await self._observe_large(digest, size_bytes, take)
         return Digest(digest.algorithm, hasher.digest())
 
-    @asynccontextmanager
-    async def _buffer(self, size_bytes: int) -> AsyncIterator[bytearray]:
-        if size_bytes <= LARGE_BYTES:
-            yield bytearray(size_bytes)
-            return
-        async with self._large:
-            # Kept for the next large object: fresh memory costs a page fault for every 4 KiB.
-            buffer = self._buffers.pop() if self._buffers else bytearray(PIECE_BYTES)
+    async def _observe_large(self, digest: Digest, size_bytes: int, take: Keep) -> None:
+        """One piece is hashed while the next one is fetched."""
+        # Kept for the next large objects: fresh memory costs a page fault for every 4 KiB.
+        buffers = [self._buffers.pop() if self._buffers else bytearray(PIECE_BYTES) for _ in range(2)]
+        errors: list[StorageError | OSError] = []
+        piece = memoryview(b"")
+
+        async def fetch(offset: int) -> None:
+            nonlocal piece
             try:
-                yield buffer
-            finally:
-                self._buffers.append(buffer)
+                piece = await self._get(digest, offset, min(PIECE_BYTES, size_bytes - offset), buffers[0])
+            except StorageError as exc:
+                errors.append(exc)
+
+        async def work(offset: int, piece: memoryview) -> None:
+            try:
+                await self._hash(take, offset, piece)
+            except OSError as exc:  # of whoever keeps it
+                errors.append(exc)
+
+        try:
+            await fetch(0)
+            for offset in range(0, size_bytes, PIECE_BYTES):
+                if errors:
+                    break
+                buffers.reverse()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(work, offset, piece)
+                    if offset + PIECE_BYTES < size_bytes:
+                        nursery.start_soon(fetch, offset + PIECE_BYTES)
+        finally:
+            self._buffers += buffers
+        if errors:  # raised here, so that it is not part of a group
+            raise errors[0]
+
+    async def _get(self, digest: Digest, offset: int, length: int, buffer: bytearray) -> memoryview:
+        await self._pace.take(length)
+        return await self._backend.get(digest, offset=offset, length=length, into=buffer)
+
+    async def _hash(self, take: Keep, offset: int, piece: memoryview) -> None:
+        if len(piece) <= HASH_INLINE_BYTES:
+            take(offset, piece)
+        else:
+            await trio.to_thread.run_sync(take, offset, piece, limiter=self._hashing)
+        self._on_bytes(len(piece))

@@ -28,10 +28,11 @@ from castore.errors import CatalogBusy, StorageError
 from castore.registry.locations import record_copy, record_finding
 from castore.storage.spi import BackendHealth, StorageBackend
 from castore.verify.aside import AsideRoom
+from castore.verify.backend_scrub import ERRORS_IN_A_ROW, WORKERS
 from castore.verify.batches import BATCH_LOCATIONS, commit_batches, transact
 from castore.verify.first_error import FirstError
 from castore.verify.reading import ObjectReader, Reading
-from castore.verify.scrub import ERRORS_IN_A_ROW, PAGE_LOCATIONS, WORKERS, finding_of
+from castore.verify.scrub import PAGE_LOCATIONS, finding_of
 
 INTENTS_AHEAD: Final = 64
 """Objects that share a commit of intents: few enough that those which a kill leaves behind are few."""

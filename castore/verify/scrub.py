@@ -7,81 +7,37 @@ a scrub that is cancelled, or killed, loses only what it was reading.
 from __future__ import annotations
 
 import contextlib
-import enum
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import trio
 
-from castore.catalog.scrub import ALL_DIGESTS, DigestRange, LocationRow, ScrubReader
+from castore.catalog.scrub import EVERYTHING, Choice, LocationRow, ScrubReader
 from castore.catalog.writer import CatalogWriter, Transaction
-from castore.digest import Digest
-from castore.errors import StorageError
 from castore.registry.locations import Finding, record_finding
 from castore.storage.spi import StorageBackend
+from castore.verify.backend_scrub import OUTAGE_SECONDS, WORKERS, BackendScrub
 from castore.verify.batches import BATCH_LOCATIONS, commit_batches, transact
 from castore.verify.first_error import FirstError
-from castore.verify.reading import ObjectReader, Reading
+from castore.verify.limits import Limits
+from castore.verify.outcomes import Outcome, Tally, Verdict
+from castore.verify.pace import Pace
+from castore.verify.reading import Reading
 
-WORKERS: Final = 16
-"""Objects of a backend read at a time: hides the latency of small ones, and is what a local backend reads at once."""
 PAGE_LOCATIONS: Final = 1000
 """Rows read from the catalog by one query: 20 ms."""
-ERRORS_IN_A_ROW: Final = 8
-"""Errors without a success in between after which a backend is given up. Each was tried several times below."""
-
-
-class Verdict(enum.StrEnum):
-    """What became of one location."""
-
-    VERIFIED = "verified"
-    FAILED = "failed"
-    CHANGED = "changed"
-    """It was put anew, deleted or judged by others while it was read: nothing is recorded."""
-    UNREADABLE = "unreadable"
-    """The backend did not give the object, nor say that it is missing: nothing is recorded."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One location, after it was looked at. `event` is the data of the event that was stored, None when none was."""
-
-    row: LocationRow
-    verdict: Verdict
-    reading: Reading | None
-    error: str
-    duration_ms: int
-    event: dict[str, Any] | None = None
-
-
-@dataclass(slots=True)
-class Tally:
-    """What a scrub has done so far; counts of locations, and bytes."""
-
-    total_count: int | None = None
-    """All there are, once they have been counted."""
-    total_bytes: int | None = None
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(map(str, Verdict), 0))
-    """Locations by their verdict."""
-    read_bytes: int = 0
-    """Bytes that were read and hashed, those read a second time among them."""
-    stopped: dict[str, str] = field(default_factory=dict)
-    """Why a backend was given up, by its id."""
-
-    @property
-    def done_count(self) -> int:
-        """Locations that were looked at."""
-        return sum(self.counts.values())
 
 
 class Scrub:
-    """One run over the locations of some backends.
+    """One run over the chosen locations of some backends, oldest first.
 
-    `on_outcome` is called for each location, after what was found is committed; it must not block for long.
+    `limits` end it before its time, `pace` slows it down; `workers` objects of a backend are read at a time, and one
+    that was well at first is waited for `outage_s` seconds. `on_outcome` is called for each location, after what was
+    found is committed; it must not block for long.
     """
 
     def __init__(
@@ -89,13 +45,22 @@ class Scrub:
         catalog_path: Path,
         backends: Mapping[str, StorageBackend],
         *,
-        within: DigestRange = ALL_DIGESTS,
+        choice: Choice = EVERYTHING,
+        limits: Limits | None = None,
+        pace: Pace | None = None,
+        workers: int = WORKERS,
+        outage_s: float = OUTAGE_SECONDS,
         on_outcome: Callable[[Outcome], None] = lambda _: None,
     ) -> None:
         self.tally = Tally()
         self._catalog_path = catalog_path
         self._backends = backends
-        self._within = within
+        self._choice = choice
+        self._limits = limits or Limits()
+        self._pace = pace or Pace()
+        self._workers = workers
+        self._outage_s = outage_s
+        self._now_ns = time.time_ns()
         self._on_outcome = on_outcome
         self._errors = FirstError()
 
@@ -120,52 +85,33 @@ class Scrub:
         count = size_bytes = 0
         with contextlib.closing(await trio.to_thread.run_sync(ScrubReader, self._catalog_path)) as reader:
             for backend_id in self._backends:
-                for part in self._within.slices():
-                    part_count, part_bytes = await trio.to_thread.run_sync(reader.totals_within, backend_id, part)
-                    count, size_bytes = count + part_count, size_bytes + part_bytes
+                with contextlib.closing(reader.chosen_totals(backend_id, self._choice, self._now_ns)) as parts:
+                    while (part := await trio.to_thread.run_sync(next, parts, None)) is not None:
+                        count, size_bytes = count + part[0], size_bytes + part[1]
         self.tally.total_count, self.tally.total_bytes = count, size_bytes
 
     # one backend
 
     async def _scrub_backend(self, backend: StorageBackend, results: trio.MemorySendChannel[Outcome]) -> None:
-        # A backend that is ill gets one chance: its first error is the answer.
-        health = await backend.health()
-        patience = 1 if health.status == "fail" else ERRORS_IN_A_ROW
-        reader = ObjectReader(backend, on_bytes=self._add_bytes)
-        rows, queue = trio.open_memory_channel[LocationRow](WORKERS)
-        errors = looked_at = 0
-        async with trio.open_nursery() as nursery:
-
-            async def work() -> None:
-                nonlocal errors, looked_at
-                async for row in queue:
-                    outcome = await _look_at(reader, row)
-                    looked_at += 1
-                    errors = errors + 1 if outcome.verdict is Verdict.UNREADABLE else 0
-                    is_last_straw = errors >= patience
-                    await results.send(outcome)
-                    if is_last_straw:
-                        self.tally.stopped.setdefault(backend.backend_id, outcome.error)
-                        nursery.cancel_scope.cancel()
-
-            for _ in range(WORKERS):
-                nursery.start_soon(self._errors.guard, nursery.cancel_scope, work)
-            await self._errors.guard(nursery.cancel_scope, self._send_rows, backend.backend_id, rows)
-        self._errors.check()
-        if health.status == "fail" and not looked_at:
-            # There was nothing to read, and yet it must not look as if all were well.
-            self.tally.stopped[backend.backend_id] = health.detail
+        scrub = BackendScrub(
+            backend,
+            limits=self._limits,
+            pace=self._pace,
+            on_bytes=self._add_bytes,
+            workers=self._workers,
+            outage_s=self._outage_s,
+        )
+        await scrub.run(partial(self._send_rows, backend.backend_id), results)
+        if scrub.stopped:
+            self.tally.stopped[backend.backend_id] = scrub.stopped
 
     async def _send_rows(self, backend_id: str, rows: trio.MemorySendChannel[LocationRow]) -> None:
-        last: Digest | None = None
         with contextlib.closing(await trio.to_thread.run_sync(ScrubReader, self._catalog_path)) as reader:
-            async with rows:
-                while page := await trio.to_thread.run_sync(
-                    reader.locations_after, backend_id, last, self._within, PAGE_LOCATIONS
-                ):
+            pages = reader.pages(backend_id, self._choice, self._now_ns, PAGE_LOCATIONS)
+            with contextlib.closing(pages):
+                while (page := await trio.to_thread.run_sync(next, pages, None)) is not None:
                     for row in page:
                         await rows.send(row)
-                    last = page[-1].digest
 
     def _add_bytes(self, size_bytes: int) -> None:
         self.tally.read_bytes += size_bytes
@@ -180,19 +126,6 @@ class Scrub:
             told = _told(outcome, event)
             self.tally.counts[told.verdict] += 1
             self._on_outcome(told)
-
-
-async def _look_at(reader: ObjectReader, row: LocationRow) -> Outcome:
-    started = time.monotonic()
-
-    def outcome(verdict: Verdict, reading: Reading | None, error: str) -> Outcome:
-        return Outcome(row, verdict, reading, error, round((time.monotonic() - started) * 1000))
-
-    try:
-        reading = await reader.judge(row.digest, row.size_bytes)
-    except StorageError as exc:
-        return outcome(Verdict.UNREADABLE, None, str(exc))
-    return outcome(Verdict.VERIFIED if reading.reason is None else Verdict.FAILED, reading, "")
 
 
 def _record(transaction: Transaction, outcome: Outcome) -> dict[str, Any] | None:
@@ -218,7 +151,6 @@ def finding_of(row: LocationRow, reading: Reading, duration_ms: int) -> Finding:
 
 def _told(outcome: Outcome, event: dict[str, Any] | None) -> Outcome:
     """The outcome as it was recorded."""
-    verdict = outcome.verdict
-    if event is None and verdict is not Verdict.UNREADABLE:
-        verdict = Verdict.CHANGED
-    return Outcome(outcome.row, verdict, outcome.reading, outcome.error, outcome.duration_ms, event)
+    if event is None and outcome.verdict is not Verdict.UNREACHABLE:
+        return replace(outcome, verdict=Verdict.CHANGED)
+    return replace(outcome, event=event)

@@ -109,7 +109,8 @@ def test_what_nothing_needs_is_forgotten(retiring: Retiring) -> None:
     backends = json.loads(retiring.cli("storage", "backends", "--json").stdout)["backends"]
     assert [backend["backend_id"] for backend in backends] == ["keep"]
     assert (
-        retiring.cli("storage", "verify").stdout.splitlines()[-1] == "verified: 5, failed: 0, changed: 0, unreadable: 0"
+        retiring.cli("storage", "verify").stdout.splitlines()[-1]
+        == "verified: 5, failed: 0, changed: 0, unreachable: 0"
     )
     # Its objects lie where they lay.
     for digest in [*retiring.digests.values(), *retiring.only_old.values()]:

@@ -67,7 +67,7 @@ def test_all_good(cli: Cli, make: Make) -> None:
     done = cli("storage", "verify")
     lines = done.stdout.splitlines()
     assert lines[0].startswith("looked at 4 of 4 locations, 2.0 KiB in ")
-    assert lines[1:] == ["verified: 4, failed: 0, changed: 0, unreadable: 0"]
+    assert lines[1:] == ["verified: 4, failed: 0, changed: 0, unreachable: 0"]
 
 
 @everywhere
@@ -80,7 +80,7 @@ def test_each_kind_of_damage_is_named_by_path(cli: Cli, make: Make, kind: str) -
     assert lines[0].startswith(f"failed: {reason} in backend main: 2000 bytes of {digests[b'bin/tool']}")
     assert lines[1:3] == ["  demo/1: bin/tool", "  demo/2: bin/tool"]
     assert lines[3].startswith("looked at 5 of 5 locations")
-    assert lines[4:] == ["verified: 4, failed: 1, changed: 0, unreadable: 0"]
+    assert lines[4:] == ["verified: 4, failed: 1, changed: 0, unreachable: 0"]
 
     locations, summary = documents(cli("storage", "verify", "--json", code=1).stdout)
     assert len(locations) == 5
@@ -151,7 +151,7 @@ def test_an_unreachable_backend(cli: Cli, make: Make, place: Place) -> None:
     make("main", "copy")
     with place.unreachable("main"):
         done = cli("storage", "verify", code=2)
-        assert done.stdout.splitlines()[-1].startswith("verified: 4, failed: 0, changed: 0, unreadable: ")
+        assert done.stdout.splitlines()[-1].startswith("verified: 4, failed: 0, changed: 0, unreachable: ")
         assert done.stderr.splitlines()[-1].startswith("castore: error: backend main is given up: ")
         _, summary = documents(cli("storage", "verify", "--json", code=2).stdout)
         assert [stopped["backend_id"] for stopped in summary["given_up"]] == ["main"]
@@ -249,7 +249,7 @@ def test_on_a_terminal(cli: Cli, make: Make) -> None:
     assert "/s" in text
     assert f"failed: missing in backend main: 2000 bytes of {digests[b'bin/tool']}" in text
     assert "  demo/1: bin/tool" in text
-    assert text.rstrip().endswith("verified: 3, failed: 2, changed: 0, unreadable: 0")
+    assert text.rstrip().endswith("verified: 3, failed: 2, changed: 0, unreachable: 0")
 
 
 def test_results_go_to_a_file_also_beside_a_bar(cli: Cli, make: Make, tmp_path: Path) -> None:
@@ -298,3 +298,57 @@ def test_a_backend_that_is_no_longer_configured(cli: Cli, make: Make, place: Pla
     backends = json.loads(cli("storage", "backends", "--json", code=1).stdout)["backends"]
     assert (backends[1]["backend_id"], backends[1]["health"]) == ("copy", "fail")
     assert (backends[1]["object_count"], backends[1]["detail"]) == (4, "not in the configuration")
+
+
+def test_the_choice_of_locations(cli: Cli, make: Make) -> None:
+    _, digests = make(refs=("demo/1", "demo/2"))
+    everything = {str(digest) for digest in digests.values()}
+
+    def seen(*arguments: str) -> list[str]:
+        locations, summary = documents(cli("storage", "verify", "--json", *arguments).stdout)
+        assert summary["location_count"] == summary["looked_at"] == len(locations)
+        return [document["digest"] for document in locations]
+
+    assert len(seen()) == 5
+    assert set(seen("--package", "demo/latest")) == everything
+    share = {str(digests[path]) for path in (b"share/doc", b"share/\xff\n")}
+    assert set(seen("--path", "demo/1/share")) == share
+    assert seen("--path", "demo/1/bin/tool") == [str(digests[b"bin/tool"])]
+    both = seen("--path", "demo/1/share/doc", "--digest", digests[b"bin/tool"].hex, "--digest", str(digests[b""]))
+    assert set(both) == {str(digests[path]) for path in (b"share/doc", b"bin/tool", b"")}
+    assert seen("--older-than", "1h") == []
+    assert seen("--path", "demo/1/share", "--older-than", "1h") == []
+    assert len(seen("--sample", "100%", "--rate", "1GiB/s", "--time-limit", "1h", "--max-bytes", "1GiB")) == 5
+    done = cli("storage", "verify", "--max-bytes", "1")
+    assert done.stdout.splitlines()[-1] == "ended by its byte limit; the next run goes on with what was not looked at"
+    summary = documents(cli("storage", "verify", "--max-bytes", "1", "--json").stdout)[1]
+    assert (summary["looked_at"], summary["location_count"], summary["ended_by"]) == (1, 5, "byte limit")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--package", "demo/9"), "--package demo/9: no such package is published"),
+        (("--path", "demo/9/x"), "--path demo/9/x: demo/9 is not published"),
+        (("--path", "demo/1/x"), "--path demo/1/x: no such file or directory in demo/1"),
+        (("--digest", "abc"), "--digest abc: expected a digest such as sha256: and 64 hexadecimal digits"),
+        (("--digest", "0" * 64), f"--digest {'0' * 64}: the catalog knows no such blob"),
+    ],
+)
+def test_what_cannot_be_chosen(cli: Cli, make: Make, arguments: tuple[str, ...], said: str) -> None:
+    make()
+    assert cli.error("storage", "verify", *arguments) == said
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--older-than", "30", 'a duration such as "5s"'),
+        ("--time-limit", "0s", 'a duration such as "5s"'),
+        ("--max-bytes", "0", "an integer of bytes, or a size"),
+        ("--rate", "50MiB", 'a size in a second such as "50MiB/s"'),
+        ("--sample", "0%", 'a part such as "1%"'),
+    ],
+)
+def test_values_that_mean_nothing(cli: Cli, option: str, value: str, expected: str) -> None:
+    assert f"'{value}': expected {expected}" in cli("storage", "verify", option, value, code=2).stderr

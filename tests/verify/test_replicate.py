@@ -17,8 +17,9 @@ from castore.errors import SourceChanged
 from castore.events import LOCATION_STORED
 from castore.storage.spi import StorageBackend
 from castore.verify.aside import AsideRoom
+from castore.verify.backend_scrub import WORKERS
 from castore.verify.replicate import Copied, CopyOutcome, CopyTally, Replication
-from castore.verify.scrub import WORKERS, Scrub
+from castore.verify.scrub import Scrub
 from tests.damage import DAMAGES, read_object
 from tests.places import PLACES
 from tests.published import PublishedStore, numbered_files, some, summary_of

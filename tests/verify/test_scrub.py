@@ -13,12 +13,15 @@ import trio.testing
 
 from castore.catalog.connection import open_writer
 from castore.catalog.records import FailureReason, LocationStatus
+from castore.catalog.scrub import Choice
 from castore.digest import Digest
 from castore.errors import StateError, StorageDenied, StorageError, StorageUnavailable
 from castore.storage.spi import BackendHealth, StorageBackend
 from castore.storage.wrapping import Operation, Wrapping
+from castore.verify.backend_scrub import ERRORS_IN_A_ROW, WORKERS
 from castore.verify.batches import BATCH_LOCATIONS
-from castore.verify.scrub import ERRORS_IN_A_ROW, WORKERS, Outcome, Scrub, Tally, Verdict
+from castore.verify.outcomes import Outcome, Tally, Verdict
+from castore.verify.scrub import Scrub
 from castore.verify.shard import Shard
 from tests.damage import DAMAGES, extend, flip_a_bit, remove, replace
 from tests.places import PLACES
@@ -53,11 +56,16 @@ class Meddler(Wrapping):
         self.waiting: set[Digest] = set()
         self.release = trio.Event()
         self.is_healthy = True
+        self.fails_until_asked = 0
+        """How many of the next calls fail as those to a server that is being started."""
         self.heads = 0
 
     async def _around(self, operation: Operation, call: Callable[[], Awaitable[T]]) -> T:
         self.heads += operation.name == "head"
         digest = Digest.parse(operation.subject)
+        if self.fails_until_asked:
+            self.fails_until_asked -= 1
+            raise StorageUnavailable("being started")
         if self.error is not None:
             raise self.error
         if digest in self.errors:
@@ -193,10 +201,10 @@ async def test_an_unreachable_backend_fails_no_location(store: PublishedStore) -
     assert list(tally.stopped) == ["first"]
     assert tally.counts["failed"] == 0
     assert tally.counts["verified"] == 101
-    assert 1 <= tally.counts["unreadable"] <= ERRORS_IN_A_ROW + WORKERS
+    assert 1 <= tally.counts["unreachable"] <= ERRORS_IN_A_ROW + WORKERS
     of_first = {status for (_, backend_id), status in store.statuses().items() if backend_id == "first"}
     assert of_first == {"stored"}
-    assert {outcome.row.backend_id for outcome in outcomes if outcome.verdict is Verdict.UNREADABLE} == {"first"}
+    assert {outcome.row.backend_id for outcome in outcomes if outcome.verdict is Verdict.UNREACHABLE} == {"first"}
     tally, _ = await scrub(store)
     assert tally.counts["verified"] == tally.total_count == 2 * len(digests)
 
@@ -206,10 +214,10 @@ async def test_a_backend_that_dies_meanwhile_is_given_up(store: PublishedStore, 
     await store.publish("demo/1", numbered_files(60))
     meddler = Meddler(store.backends["first"])
     meddler.error = error
-    tally, outcomes = await scrub(store, backends={"first": meddler})
+    tally, outcomes = await scrub(store, backends={"first": meddler}, outage_s=0)
     assert tally.stopped == {"first": str(error)}
     assert meddler.heads <= ERRORS_IN_A_ROW + WORKERS
-    assert {outcome.verdict for outcome in outcomes} == {Verdict.UNREADABLE}
+    assert {outcome.verdict for outcome in outcomes} == {Verdict.UNREACHABLE}
     assert set(store.statuses().values()) == {"stored"}
     assert store.events() == []
 
@@ -233,10 +241,28 @@ async def test_objects_that_cannot_be_read_do_not_stop_the_others(store: Publish
     meddler = Meddler(store.backends["first"])
     meddler.errors = {digest: StorageUnavailable("a bad sector") for digest in bad}
     tally, outcomes = await scrub(store, backends={"first": meddler})
-    assert (tally.stopped, tally.counts["unreadable"], tally.counts["verified"]) == ({}, len(bad), 61 - len(bad))
-    unreadable = [outcome for outcome in outcomes if outcome.verdict is Verdict.UNREADABLE]
+    assert (tally.stopped, tally.counts["unreachable"], tally.counts["verified"]) == ({}, len(bad), 61 - len(bad))
+    unreadable = [outcome for outcome in outcomes if outcome.verdict is Verdict.UNREACHABLE]
     assert {(outcome.row.digest, outcome.error) for outcome in unreadable} == {(one, "a bad sector") for one in bad}
     assert {str(store.location(digest, "first").status) for digest in bad} == {"stored"}
+
+
+async def test_an_outage_that_ends_is_waited_for(store: PublishedStore) -> None:
+    digests = await store.publish("demo/1", numbered_files(60))
+    meddler = Meddler(store.backends["first"])
+    meddler.fails_until_asked = ERRORS_IN_A_ROW + WORKERS
+    tally, outcomes = await scrub(store, backends={"first": meddler})
+    assert (tally.stopped, tally.counts["verified"], tally.counts["unreachable"]) == ({}, 61, 0)
+    assert {outcome.row.digest for outcome in outcomes} == set(digests.values())
+
+
+async def test_what_was_not_reached_is_asked_for_once_more_at_the_end(store: PublishedStore) -> None:
+    await store.publish("demo/1", numbered_files(60))
+    meddler = Meddler(store.backends["first"])
+    meddler.fails_until_asked = ERRORS_IN_A_ROW - 1
+    tally, outcomes = await scrub(store, backends={"first": meddler}, outage_s=0)
+    assert (tally.stopped, tally.counts["verified"], len(outcomes)) == ({}, 61, 61)
+    assert meddler.heads == 61 + ERRORS_IN_A_ROW - 1
 
 
 @pytest.mark.parametrize("change", ["put anew", "failed by a read", "deleted"])
@@ -279,7 +305,7 @@ async def test_shards_cover_everything_once(store: PublishedStore) -> None:
     extend(store.config.backends["first"], digests[b"file 1"])
     seen: list[Digest] = []
     for number in (1, 2, 3):
-        tally, outcomes = await scrub(store, "first", within=Shard(number, 3).digests)
+        tally, outcomes = await scrub(store, "first", choice=Choice(within=Shard(number, 3).digests))
         assert tally.total_count == tally.done_count == len(outcomes) > 5
         seen += [outcome.row.digest for outcome in outcomes]
     assert len(seen) == 61
