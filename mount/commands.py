@@ -73,7 +73,11 @@ class Commands:
     async def _publish(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
         name, version = parse_ref(str(request.get("ref", "")))
         tree = self._ingest.tree
-        node = tree.version(name, version)
+        try:
+            node = tree.version(name, version)
+        except NotFound:
+            await self._ingest.publisher.check_absent(name, version)
+            raise
         parent = tree.parent(node.inode)
 
         async def tell(progress: PublishProgress) -> None:

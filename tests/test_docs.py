@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import gzip
+import json
 import re
 import shlex
 import subprocess
@@ -16,7 +17,10 @@ import click
 import pytest
 
 from castore import errors, events
+from castore.catalog.connection import create_catalog, create_workspace
+from castore.catalog.reader import CatalogReader
 from castore.catalog.records import Kind
+from castore.catalog.schema import SCHEMA_VERSION
 from castore.cli.main import root
 from castore.config_values import parse_duration, parse_size
 from castore.digest import BlobHasher, BlobSummary, Digest
@@ -216,6 +220,23 @@ def test_the_manifest_example_is_what_the_code_writes(tmp_path: Path) -> None:
     read_header, read_entries = read_manifest(path)
     assert read_header == header
     assert list(read_entries) == entries
+
+
+def tables(path: Path) -> set[str]:
+    """Of a database, but for those that libraries keep for themselves."""
+    with CatalogReader.open(path) as reader:
+        rows = reader._execute("SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE '%sqlite_%'")
+        return {name for (name,) in rows}
+
+
+def test_the_tables_of_the_format_are_the_catalogs(tmp_path: Path) -> None:
+    create_catalog(tmp_path / "catalog.db")
+    create_workspace(tmp_path / "workspace.db")
+    text = FORMAT.read_text().partition("## The catalog")[2].partition("\n## ")[0]
+    assert f"the version of its tables: {SCHEMA_VERSION}." in text
+    assert set(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE)) == tables(tmp_path / "catalog.db")
+    (of_the_workspace,) = re.findall(r"^The workspace has (.*), explained", text, flags=re.MULTILINE)
+    assert set(inline_code(of_the_workspace)) == tables(tmp_path / "workspace.db")
 
 
 def public_numbers(path: Path) -> dict[str, float]:

@@ -2,6 +2,27 @@
 
 Numbers that end in `_ns` are nanoseconds since the epoch, UTC. Booleans are 0 and 1. 0 and '' mean "none" where a
 column says so; NULL is used nowhere else than where a column says so. Names of entries are bytes, as Linux has them.
+
+What columns are that have no comment where they stand:
+
+    only, package_id, link_id       the number of the row; of a link, its readdir cookie
+    name, version                   NAME and VERSION; the name of an entry or of an attribute
+    value                           of an attribute
+    inode, version_inode            of the entry that it is about; of the VERSION directory
+    kind                            1 directory, 2 file, 3 symbolic link
+    uid, gid, nlink                 owner, group, number of names
+    mtime_ns, ctime_ns              when the content changed last; when anything did
+    created_at_ns, published_at_ns  when the row was made; when the package was published
+    time_ns                         when it happened
+    producer, retention_class       as declared, or the defaults at publish
+    latest_inode                    of the symbolic link packages/NAME/latest
+    blob_id, manifest_blob_id       the blob that it is about; the package's manifest
+    algorithm, digest               the tag of a digest, and its 32 raw bytes
+    size_bytes                      of all its bytes
+    block_size_bytes, checksum_algorithm, checksums    as of `blobs`
+    backend_id                      the id in the configuration
+    status                          stored: acknowledged, not re-read yet; verified: re-read and right; failed: missing
+                                    or wrong; deleting: nothing needs it, and it is on its way out
 """
 
 from __future__ import annotations

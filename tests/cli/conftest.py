@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -72,6 +73,24 @@ class Cli:
             stderr=stderr,
             text=True,
         )
+
+
+def read_terminal(terminal: int, look: Callable[[str], None] = lambda _: None) -> str:
+    """All that is written to a terminal until nobody has its other end open. It is closed then.
+
+    `look` is given what came so far, whenever something came: so a command can be made to wait until it was seen.
+    """
+    received = b""
+    try:
+        while data := os.read(terminal, 65536):
+            received += data
+            look(received.decode(errors="replace"))
+    except OSError as exc:
+        if exc.errno != errno.EIO:  # what Linux gives at the end
+            raise
+    finally:
+        os.close(terminal)
+    return received.decode()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from castore.api.control import Handler, Report
-from tests.cli.conftest import WAIT_SECONDS, Cli, Serve
+from tests.cli.conftest import WAIT_SECONDS, Cli, Serve, read_terminal
 from tests.mount.store import MountedStore
 
 
@@ -35,6 +35,8 @@ def test_publish_list_show(at: Cli, store: MountedStore) -> None:
         assert at("package", "publish", f"zlib/{version}").stdout == f"published zlib/{version}\n"
     (store.ingest("Abc/1") / "empty").write_text("")
     assert json.loads(at("package", "publish", "Abc/1", "--json").stdout)["ref"] == "Abc/1"
+    assert at.error("package", "publish", "Abc/1") == "Abc/1 is published already"
+    assert at.error("package", "publish", "Abc/2") == "there is no ingest/Abc/2"
 
     lines = [line.split() for line in at("package", "list").stdout.splitlines()]
     assert lines[0] == ["REF", "FILES", "SIZE", "PUBLISHED", "PRODUCER", "CLASS", "BACKENDS"]
@@ -152,21 +154,18 @@ def test_progress_on_a_terminal(cli: Cli, serve: Serve, tmp_path: Path) -> None:
     serve(tmp_path / "state/run/control.sock", slow_publish(shown))
     terminal, end = pty.openpty()
     environ = {**cli.environ, "TERM": "xterm", "COLUMNS": "120"}
+
+    def look(text: str) -> None:
+        if "1 of 2 files" in text:
+            shown.set()
+
     with cli.start("package", "publish", "zlib/1.3", stdout=end, stderr=end, env=environ) as process:
         os.close(end)
-        received = b""
         try:
-            while data := os.read(terminal, 65536):
-                received += data
-                if b"1 of 2 files" in received:
-                    shown.set()
-        except OSError:
-            pass  # EIO: the other end of the terminal is closed.
+            text = read_terminal(terminal, look)
         finally:
-            os.close(terminal)
             shown.set()
         assert process.wait(WAIT_SECONDS) == 0
-    text = received.decode()
     assert "storing zlib/1.3" in text
     assert "━" in text
     assert text.rstrip().endswith("published zlib/1.3")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import pty
@@ -19,7 +18,7 @@ import trio
 from castore.catalog.event_log import EventReader
 from castore.digest import BLOCK_SIZE_BYTES, BlobSummary, Digest
 from castore.storage.layout import key_of
-from tests.cli.conftest import WAIT_SECONDS, Cli
+from tests.cli.conftest import WAIT_SECONDS, Cli, read_terminal
 from tests.damage import DAMAGES, cut_short, flip_a_bit, remove
 from tests.places import PLACES, Place
 from tests.published import PublishedStore, numbered_files
@@ -195,8 +194,8 @@ def test_interrupted(cli: Cli, make: Make) -> None:
         assert len(reader.events_after(0, 100)[0]) == 4
 
 
-def add_sparse(store: PublishedStore, digest: Digest, size_bytes: int) -> None:
-    """An object of zeros that takes no space, in the backend `main`, a folder."""
+def add_sparse(store: PublishedStore, digest: Digest, size_bytes: int) -> Path:
+    """An object of zeros that takes no space, in the backend `main`, a folder; its file."""
     (path,) = [Path(settings.place) for settings in store.config.backends.values() if settings.backend_id == "main"]
     target = path / key_of(digest)
     target.parent.mkdir(parents=True)
@@ -204,6 +203,7 @@ def add_sparse(store: PublishedStore, digest: Digest, size_bytes: int) -> None:
     os.truncate(target, size_bytes)
     summary = BlobSummary(digest, size_bytes, BLOCK_SIZE_BYTES, "xxh3-64", b"")
     store.add_location(summary, "main")
+    return target
 
 
 def test_memory_is_bounded(cli: Cli, make: Make) -> None:
@@ -226,44 +226,48 @@ def high_water_kib(pid: int) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
+class Endless:
+    """An object that would be read for an hour, and is cut to nothing when a bar was seen."""
+
+    def __init__(self, store: PublishedStore) -> None:
+        self._path = add_sparse(store, Digest("sha256", b"\xff" * 32), 4 << 40)
+
+    def look(self, text: str) -> None:
+        if "━" in text:
+            os.truncate(self._path, 0)
+
+
 def test_on_a_terminal(cli: Cli, make: Make) -> None:
     store, digests = make()
-    add_sparse(store, Digest("sha256", b"\xff" * 32), 1 << 30)
+    endless = Endless(store)
     remove(store.config.backends["main"], digests[b"bin/tool"])
     terminal, end = pty.openpty()
     environ = {**cli.environ, "TERM": "xterm", "COLUMNS": "150"}
     with cli.start("storage", "verify", stdout=end, stderr=end, env=environ) as process:
         os.close(end)
-        received = b""
-        try:
-            while data := os.read(terminal, 65536):
-                received += data
-        except OSError:
-            pass  # EIO: the other end of the terminal is closed.
-        finally:
-            os.close(terminal)
+        text = read_terminal(terminal, endless.look)
         assert process.wait(WAIT_SECONDS) == 1
-    text = received.decode()
     assert "verifying main" in text
-    assert "━" in text
-    assert "/s" in text
+    assert " of 5 objects, " in text
     assert f"failed: missing in backend main: 2000 bytes of {digests[b'bin/tool']}" in text
     assert "  demo/1: bin/tool" in text
     assert text.rstrip().endswith("verified: 3, failed: 2, changed: 0, unreachable: 0")
 
 
 def test_results_go_to_a_file_also_beside_a_bar(cli: Cli, make: Make, tmp_path: Path) -> None:
-    make()
+    store, _ = make()
+    endless = Endless(store)
     terminal, end = pty.openpty()
-    fcntl.fcntl(terminal, fcntl.F_SETFL, os.O_NONBLOCK)
     with (tmp_path / "out").open("wb") as out:
-        environ = {**cli.environ, "TERM": "xterm"}
+        environ = {**cli.environ, "TERM": "xterm", "COLUMNS": "150"}
         with cli.start("storage", "verify", "--json", stdout=out.fileno(), stderr=end, env=environ) as process:
             os.close(end)
-            assert process.wait(WAIT_SECONDS) == 0
-    os.close(terminal)
+            text = read_terminal(terminal, endless.look)
+            assert process.wait(WAIT_SECONDS) == 1
+    assert "verifying main" in text
+    assert "location_count" not in text
     locations, _ = documents((tmp_path / "out").read_text())
-    assert len(locations) == 4
+    assert len(locations) == 5
 
 
 def test_a_reader_that_goes_away(cli: Cli, make: Make) -> None:

@@ -104,7 +104,11 @@ class Exchange:
 
 
 Fault = Callable[[Exchange], bool | None]
-"""Does harm to one exchange. True: the connection may be used again; else it is closed."""
+"""Does harm to one exchange. True: the connection may be used again; else it is closed.
+
+Whoever got a whole answer uses the connection again, and may do so before it is seen to be closed: that request is
+lost, and none that meets a fault. So a fault that sends a whole answer gives True.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import signal
 import socket
@@ -138,7 +139,10 @@ class LocalServer(S3Server, ABC):
         return self.root / "log"
 
     def _run(self, *command: str | Path, **environment: str) -> subprocess.Popen[bytes]:
-        with self._log.open("ab") as log:
+        with self._log.open("ab") as log, (self.root / "lock").open("ab") as lock:
+            wait_for_lock(
+                lock.fileno()
+            )  # the process has it until it ends; that of a program that was killed ends slowly
             return subprocess.Popen(
                 ["setpriv", "--pdeathsig", "TERM", *command],
                 stdin=subprocess.DEVNULL,
@@ -146,6 +150,7 @@ class LocalServer(S3Server, ABC):
                 stderr=log,
                 cwd=self.root,
                 env=environment or None,
+                pass_fds=(lock.fileno(),),
             )
 
     def _signal(self, number: int) -> None:
@@ -172,6 +177,19 @@ def wait_for_bucket(server: S3Server, process: subprocess.Popen[bytes] | None = 
         return False
     finally:
         client.close()
+
+
+def wait_for_lock(descriptor: int) -> None:
+    """Lock a file that another process may have locked. Raises BlockingIOError when that keeps it for too long."""
+    end = time.monotonic() + START_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 def program(name: str) -> str:

@@ -106,15 +106,17 @@ def _end_early(exchange: Exchange) -> None:
     exchange.send(_half(exchange.ask()))
 
 
-def _shorten(exchange: Exchange) -> None:
+def _shorten(exchange: Exchange) -> bool:
     answer = exchange.ask()
     half = answer.body[: len(answer.body) // 2]
     exchange.answer(answer.but(body=half, content_length=str(len(half))))
+    return True
 
 
-def _lengthen(exchange: Exchange) -> None:
+def _lengthen(exchange: Exchange) -> bool:
     answer = exchange.ask()
     exchange.answer(answer.but(body=answer.body + b"more", content_length=str(len(answer.body) + 4)))
+    return True
 
 
 def _send_more(exchange: Exchange) -> None:
