@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import errno
 import gzip
-import json
 import re
 import shlex
 import subprocess
