@@ -71,8 +71,12 @@ def test_it_lives_without_the_writing_mount(store: MountedStore, second: Path) -
     (store.ingest("one/1") / "file").write_text("x" * 1000)
     store.publish("one/1")
     store.castore("umount", str(store.mnt))
-    _mount(store, second)
-    assert (second / "packages/one/1/file").read_text() == "x" * 1000
+    third = store.root / "third"
+    third.mkdir()
+    for path in (second, third):
+        _mount(store, path)
+        assert (path / "packages/one/1/file").read_text() == "x" * 1000
+    store.castore("umount", str(third))
     store.mount()  # it holds no lock
     (store.ingest("one/2") / "file").write_text("y")
     store.publish("one/2")
@@ -85,6 +89,14 @@ def test_it_lives_without_the_writing_mount(store: MountedStore, second: Path) -
     store.castore("umount", str(second))
     assert mount_at(second) is None
     assert (store.package("one/2") / "file").read_text() == "y"
+
+
+def test_set_uid_bits_and_devices_are_nothing_unless_asked_for(store: MountedStore, second: Path) -> None:
+    for asked, flags in (("ro", {"nosuid", "nodev"}), ("ro,suid,dev,noexec", {"noexec"})):
+        store.castore("mount", str(second), "-o", asked, "--background")
+        (line,) = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if f" {second} " in line]
+        assert set(line.split()[5].split(",")) & {"nosuid", "nodev", "noexec"} == flags
+        store.castore("umount", str(second))
 
 
 def test_a_dead_one_is_cleared_and_a_living_one_is_not(store: MountedStore, second: Path) -> None:
