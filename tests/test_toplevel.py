@@ -9,6 +9,7 @@ import tomllib
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -86,3 +87,26 @@ def test_scripts_are_sound_shell() -> None:
         assert script.read_text().startswith("#!/usr/bin/env bash\n"), script
         assert script.stat().st_mode & 0o111 == 0o111, script
         subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "run --nonsense",
+        "run a b",
+        "install --nonsense",
+        "install --extra",
+        "fresh-machine --nonsense",
+        "fresh-machine --tests",
+        "rgw",
+        "rgw start",
+        "bench-memory",
+        "bench-requests",
+    ],
+)
+def test_scripts_that_are_called_wrongly_say_how_to_in_one_line(words: str) -> None:
+    name, *arguments = words.split()
+    done = subprocess.run([ROOT / "scripts" / name, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert f"usage: scripts/{name} " in line

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +58,39 @@ async def test_memory_is_no_place_for_objects(in_memory: Path) -> None:
     (failed,) = (finding for finding in report.findings if finding.severity == "fail")
     assert (failed.name, failed.answer, report.server) == ("durable", "tmpfs", "tmpfs")
     assert failed.consequence.startswith("everything stored here is lost at the next start of the host")
+
+
+IN_A_CHROOT = """
+import os, sys
+from pathlib import Path
+import trio
+from castore.config_backends import LocalSettings
+from castore.storage.open import probe_backend
+
+trio.run(probe_backend, LocalSettings("disk", Path(sys.argv[1], "objects")))  # loads what it needs
+os.chroot(sys.argv[1])
+report = trio.run(probe_backend, LocalSettings("disk", Path("/objects")))
+print(report.server, *(finding.name for finding in report.findings if finding.severity == "fail"))
+"""
+
+
+@pytest.mark.parametrize("memory", [False, True], ids=["on a disk", "in memory"])
+async def test_in_a_chroot(tmp_path: Path, in_memory: Path, memory: bool) -> None:
+    """Where the kernel does not say what is mounted above."""
+    root = in_memory if memory else tmp_path
+    await create_backend(LocalSettings("disk", root / "objects"))
+    outside = await probe_backend(LocalSettings("disk", root / "objects"))
+    (root / "proc").mkdir()
+    subprocess.run(["mount", "--bind", "/proc", root / "proc"], check=True)
+    try:
+        done = subprocess.run([sys.executable, "-c", IN_A_CHROOT, root], capture_output=True, text=True, check=False)
+    finally:
+        subprocess.run(["umount", root / "proc"], check=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        outside.server,
+        *(finding.name for finding in outside.findings if finding.severity == "fail"),
+    ]
 
 
 async def test_objects_are_left_alone(settings: LocalSettings) -> None:

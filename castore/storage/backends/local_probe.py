@@ -6,11 +6,13 @@ that nobody locks was left by a probe that was killed, and the next one removes 
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import re
 import secrets
 import shutil
+import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -39,6 +41,18 @@ CLEAN_S: Final = 10.0
 _FOLDER: Final = re.compile(r"\.castore-probe-[0-9a-f]{16}")
 _VOLATILE: Final = frozenset({"tmpfs", "ramfs", "rootfs"})
 """File systems that live in memory."""
+_NUMBERS: Final = {
+    0x01021994: "tmpfs",
+    0x858458F6: "ramfs",
+    0xEF53: "ext4",
+    0x58465342: "xfs",
+    0x9123683E: "btrfs",
+    0x794C7630: "overlay",
+    0x6969: "nfs",
+}
+"""What statfs(2) calls file systems, by their names in mountinfo; of these, ext4 stands for ext2 and ext3, too."""
+_STATFS_BYTES: Final = 512
+"""More than any `struct statfs` has."""
 _RACERS: Final = 8
 
 
@@ -102,8 +116,19 @@ class _Place:
 def _fs_type(folder: Path) -> str:
     real = folder.resolve()
     above = [mount for mount in read_mounts() if real.is_relative_to(mount.mountpoint)]
+    if not above:  # a chroot whose root is no mountpoint: what lies above it cannot be seen
+        return _fs_type_by_number(folder)
     deepest = max(len(mount.mountpoint.parts) for mount in above)
     return [mount.fs_type for mount in above if len(mount.mountpoint.parts) == deepest][-1]  # the last is on top
+
+
+def _fs_type_by_number(folder: Path) -> str:
+    """By `f_type` of statfs(2), a long at the beginning of its answer, which os.statvfs leaves out."""
+    answer = ctypes.create_string_buffer(_STATFS_BYTES)
+    if ctypes.CDLL(None, use_errno=True).statfs(os.fsencode(folder), answer):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+    number = struct.unpack_from("@l", answer)[0] & 0xFFFFFFFF
+    return _NUMBERS.get(number, f"type {number:#x}")
 
 
 def _remove_unless_locked(folder: Path) -> None:

@@ -213,7 +213,7 @@ async def test_a_server_that_hangs_is_an_error_at_the_deadline(
         start = trio.current_time()
         with pytest.raises(StorageTimeout):
             await call(backend, name)
-        assert trio.current_time() - start < 0.3 + ABORT_S + 1
+        assert trio.current_time() - start < 0.3 + ABORT_S + PATIENCE_S / 4, "long before the client library gives up"
         assert (await backend.health()).status == "fail"
         server.resume()
         with trio.fail_after(PATIENCE_S):
