@@ -22,11 +22,11 @@ from castore.errors import CastoreError, StorageUnavailable
 MAX_GET_BYTES: Final = 8 * 1024 * 1024
 """Bytes asked for in one get at most: a span is one buffer, and is waited for and evicted whole."""
 
-PREFETCH_BYTES: Final = 16 * 1024 * 1024
+PREFETCH_BYTES: Final = 32 * 1024 * 1024
 """Bytes on their way and prefetched ones not yet read, of all handles together, up to which there is prefetch. Reads
 that somebody waits for are not held back by it: their number is bounded by the number of readers."""
 
-_PREFETCH_SHARE: Final = 4
+_PREFETCH_SHARE: Final = 2
 """And no more than this part of memory. 64 readers in turn touch as much again as is prefetched for them before they
 come to it: with a half, 25 % of it was evicted unread; with a quarter, 5 %."""
 

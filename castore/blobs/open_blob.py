@@ -10,7 +10,7 @@ import trio
 
 from castore.blobs.flights import MAX_GET_BYTES, Flights
 from castore.blobs.memory import KnownBlob, Span
-from castore.blobs.pattern import ReadPattern, refill_bytes
+from castore.blobs.pattern import GET_BYTES, ReadPattern, refill_bytes
 from castore.catalog.records import Blob
 from castore.digest import block_checksum
 from castore.errors import CastoreError
@@ -147,13 +147,20 @@ class OpenBlob:
         while index < limit and index in known.spans:
             index = known.spans[index].end
         limit = min(limit, index + flights.room_bytes() // known.block_size)
+        get_blocks = max(1, GET_BYTES // known.block_size)
+        if limit < self._block_count and limit - index >= get_blocks:
+            limit -= limit % get_blocks  # servers keep objects in pieces of such sizes
         enough = limit == self._block_count or (limit - index) * known.block_size >= refill_bytes(window)
         if index >= limit or not enough:
             return
-        stop = self._gap_end(index, limit)
         self._ahead = [span for span in self._ahead if span.unread]
-        self._ahead.append(flights.start(self._blob, known, index, stop, prefetched=True))
-        flights.stats.prefetched += stop - index
+        while index < limit:
+            stop = self._gap_end(index, min(limit, (index // get_blocks + 1) * get_blocks))
+            self._ahead.append(flights.start(self._blob, known, index, stop, prefetched=True))
+            flights.stats.prefetched += stop - index
+            index = stop
+            while index < limit and index in known.spans:
+                index = known.spans[index].end
 
     def _stream(self, streaming: bool) -> None:
         if streaming is not self._streaming:

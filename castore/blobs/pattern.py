@@ -6,11 +6,12 @@ from collections import deque
 from typing import Final
 
 WINDOW_MIN_BYTES: Final = 512 * 1024
-WINDOW_MAX_BYTES: Final = 8 * 1024 * 1024
+WINDOW_MAX_BYTES: Final = 32 * 1024 * 1024
 """A sequential reader gets as much ahead as it has read, within these: at most half of what is fetched is wasted."""
 
-_GET_MIN_BYTES: Final = WINDOW_MIN_BYTES // 2
-"""Of prefetch, but for the end of a blob and the smallest windows: so that the first window is not eaten in crumbs."""
+GET_BYTES: Final = 4 * 1024 * 1024
+"""Of prefetch, once a reader is in full flow: eight gets may be on their way. With gets of 2 MiB a server spends 1.7
+times as much of its processor on the same bytes, with 1 MiB 2.4 times (SeaweedFS); 8 MiB are no better than 4."""
 
 _SEQUENTIAL: Final = 2
 """The score from which reads are sequential: random reads reach 1 now and then, and fall back with the next."""
@@ -23,11 +24,11 @@ _REMEMBERED: Final = 8
 
 
 def refill_bytes(window_bytes: int) -> int:
-    """How much of a window must be missing before it is sent for: a quarter, so that three gets may be on their way
-    while a fourth is read, but no tiny gets while the window is small. Gets of 512 KiB read a local directory a third
-    slower than those of 1 to 8 MiB.
+    """How much of a window must be missing before it is sent for: half of it while it grows, so that there are no tiny
+    gets and one is on its way while another is read, and a whole get of a large one. Gets of 512 KiB read a local
+    directory a third slower than those of 1 to 8 MiB.
     """
-    return max(window_bytes // 4, min(window_bytes // 2, _GET_MIN_BYTES))
+    return min(window_bytes // 2, GET_BYTES)
 
 
 class ReadPattern:
