@@ -33,7 +33,7 @@ from castore.ingest.service import Ingest
 from castore.mountinfo import mount_source
 from castore.registry.locations import record_bad_read
 from castore.state_lock import take_lock
-from castore.storage.open import open_backend
+from castore.storage.open import load_backend, open_backend
 from mount import kernel, mountpoint
 from mount.by_digest import ByDigestTree
 from mount.commands import Commands
@@ -170,6 +170,8 @@ class Daemon:
             sync_wait_seconds=config.ingest.sync_wait_seconds,
         )
         try:
+            for settings in config.backends.values():
+                await trio.to_thread.run_sync(load_backend, settings)
             if ingest is not None:
                 await ingest.recover()
             async with trio.open_nursery() as nursery:

@@ -9,7 +9,7 @@ is not tried again: whoever asked turns to another location at once.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import trio
@@ -38,6 +38,16 @@ def open_backend(settings: BackendSettings) -> StorageBackend:
         return wrap(local, reads=local.read_threads, writes=local.write_threads)
     s3 = _s3(settings)
     return wrap(s3, reads=s3.reads, writes=s3.writes)
+
+
+def load_backend(settings: BackendSettings) -> None:
+    """Import what the first request of such a backend would import: a third of a second. For a thread.
+
+    For a program that is going to read: its first reader need not wait for that.
+    """
+    if isinstance(settings, S3Settings) and settings.transfer == "native":
+        with suppress(ImportError):  # whoever opens it says what is missing
+            import castore.storage.backends.s3_native  # noqa: F401
 
 
 def wrap(backend: StorageBackend, *, reads: int, writes: int) -> StorageBackend:

@@ -11,7 +11,7 @@ import trio.testing
 from castore.blobs.flights import MAX_GET_BYTES, PREFETCH_BYTES
 from castore.blobs.memory import MEMORY_BYTES
 from castore.blobs.open_blob import OpenBlob
-from castore.blobs.pattern import WINDOW_MAX_BYTES
+from castore.blobs.pattern import GET_BYTES
 from castore.errors import BlockUnreadable, StorageTimeout
 from tests.blobs.blob_world import BLOCK, MIB, World, read_all, until
 
@@ -27,7 +27,7 @@ async def test_a_sequential_read_becomes_few_large_gets(
     gets = world["first"].gets
     assert sum(get.length for get in gets) == len(large)  # nothing twice
     assert len(gets) <= 50
-    assert max(get.length for get in gets) >= WINDOW_MAX_BYTES // 4
+    assert max(get.length for get in gets) == GET_BYTES
     assert gets[0].length == max(request_bytes, BLOCK)
     assert reader.stats.prefetched_unread == 0
     assert reader.stats.prefetched * BLOCK >= len(large) - 3 * max(request_bytes, BLOCK)
@@ -42,21 +42,21 @@ async def test_prefetch_runs_while_the_reader_is_served_from_memory(
     await nursery.start(reader.run)
     blob = await world.add(large, "first")
     file, backend = reader.open(blob), world["first"]
-    for start in range(0, 16 * MIB, BLOCK):
+    for start in range(0, 20 * MIB, BLOCK):
         await file.read(start, BLOCK)
     await until(lambda: not backend.under_way)
     backend.open = trio.Event()  # from now on no get ends
-    served = 16 * MIB
+    served = 20 * MIB
     while not backend.under_way:
         assert await file.read(served, BLOCK) == large[served : served + BLOCK]
         served += BLOCK
     waited_for = backend.gets[-1].offset
-    assert waited_for - served >= WINDOW_MAX_BYTES // 2
+    assert waited_for - served >= 2 * GET_BYTES
     while served < waited_for:
         assert await file.read(served, BLOCK) == large[served : served + BLOCK]
         served += BLOCK
     await until(lambda: backend.under_way == 4)
-    assert sum(get.length for get in backend.gets[-4:]) == WINDOW_MAX_BYTES
+    assert [get.length for get in backend.gets[-3:]] == [GET_BYTES] * 3
     backend.open.set()
 
 

@@ -96,6 +96,21 @@ def test_no_backend_is_imported_before_it_is_opened() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(("transfer", "loaded"), [("native", True), ("aioboto3", False)])
+def test_what_a_first_request_needs_is_loaded_on_demand(transfer: str, loaded: bool) -> None:
+    """By a program that is going to read: importing it takes a third of a second."""
+    program = (
+        "import sys\n"
+        "from dataclasses import replace\n"
+        "from castore.storage.open import load_backend\n"
+        "from tests.storage.test_open import s3_settings\n"
+        f"load_backend(replace(s3_settings(), transfer={transfer!r}))\n"
+        "print('castore.storage.backends.s3_native' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(loaded)
+
+
 async def test_a_dead_backend_is_an_error_after_a_bounded_time(autojump_clock: MockClock) -> None:
     memory = MemoryBackend()
 
