@@ -14,10 +14,12 @@ import pyfuse3
 import trio
 
 from castore.api.control import serve_control
+from castore.api.counts import CatalogCounts
 from castore.api.health import HealthDocument, queue_state
 from castore.api.http_api import HttpApi
 from castore.api.http_server import open_listener, serve_http, url_of
 from castore.api.probes import BackendProbes
+from castore.api.sources import Sources
 from castore.api.status import StatusDocument
 from castore.blobs.disk_cache import DiskCache, open_disk_cache
 from castore.blobs.reader import BlobReader
@@ -33,6 +35,7 @@ from castore.ingest.service import Ingest
 from castore.mountinfo import mount_source
 from castore.registry.locations import record_bad_read
 from castore.state_lock import take_lock
+from castore.storage.measured import CallStats
 from castore.storage.open import load_backend, open_backend
 from mount import kernel, mountpoint
 from mount.by_digest import ByDigestTree
@@ -121,7 +124,10 @@ class Daemon:
 
     async def _run(self, on_ready: Any) -> None:
         config = self._config
-        backends = {backend_id: open_backend(settings) for backend_id, settings in config.backends.items()}
+        calls = {backend_id: CallStats() for backend_id in config.backends}
+        backends = {
+            backend_id: open_backend(settings, calls[backend_id]) for backend_id, settings in config.backends.items()
+        }
         catalog = CatalogReader(config.store.catalog_path)
         _say_what_is_not_configured(config)
         writer = CatalogWriter(config.store.catalog_path)
@@ -146,10 +152,11 @@ class Daemon:
                 cache=cache,
             )
         self._ingest = ingest
+        counts = CatalogCounts(config.store.catalog_path)
         self._status = StatusDocument(
             state_dir=config.store.state_dir,
             mountpoint=self._path,
-            catalog_path=config.store.catalog_path,
+            counts=counts,
             ingest=ingest,
             blobs=blobs,
         )
@@ -160,6 +167,17 @@ class Daemon:
             queue=lambda: None if ingest is None else queue_state(ingest),
         )
         self._health.notices += notices
+        self._sources = Sources(
+            catalog_path=config.store.catalog_path,
+            health=self._health,
+            probes=probes,
+            counts=counts,
+            backend_types={backend_id: settings.backend_type for backend_id, settings in config.backends.items()},
+            calls=calls,
+            blobs=blobs,
+            ingest=ingest,
+            mountpoint=str(self._path),
+        )
         self._operations = CastoreOperations(
             catalog=catalog,
             packages=PackagesTree(catalog, blobs, ingest),
@@ -177,6 +195,7 @@ class Daemon:
             async with trio.open_nursery() as nursery:
                 await nursery.start(blobs.run)
                 await nursery.start(probes.run)
+                await nursery.start(counts.run)
                 if ingest is not None:
                     await self._start_writing(nursery, ingest)
                 self._mount()
@@ -320,7 +339,7 @@ class Daemon:
             log.warning("%s; this mount has no HTTP API", exc)
             self._health.notices.append(str(exc))
             return
-        api = HttpApi(catalog_path=self._config.store.catalog_path, health=self._health, is_ready=lambda: self._mounted)
+        api = HttpApi(self._sources, is_ready=lambda: self._mounted)
         self._status.http_url = url_of(listening)
         log.info("HTTP API at %s", self._status.http_url)
         try:

@@ -1,8 +1,10 @@
 """The HTTP API: which path is answered with which document. Nothing here changes anything.
 
+- /: the status page, with /style.css and /page.js
 - /health: the health document; 503 when it says fail
 - /livez: 200 as long as the program answers
 - /readyz: 200 when the catalog can be read, whatever the backends do
+- /metrics: what Prometheus scrapes
 - /v1/events?since=SEQ_OR_TIME&limit=N&type=TYPE&wait=SECONDS: events as a CloudEvents batch
 """
 
@@ -17,9 +19,13 @@ from typing import Any, Final
 
 import trio
 
+from castore.api import page
 from castore.api.event_feed import SINCE_RULE, document, parse_start
-from castore.api.health import MEDIA_TYPE, HealthDocument
+from castore.api.health import MEDIA_TYPE
 from castore.api.http_server import Request, Response, problem
+from castore.api.metrics import Metrics
+from castore.api.page import StatusPage
+from castore.api.sources import Sources
 from castore.catalog.event_log import EventReader, StoredEvent
 from castore.catalog.reader import CatalogReader
 from castore.errors import StateError
@@ -35,16 +41,19 @@ _POLL_SECONDS: Final = 0.25
 class HttpApi:
     """Answers requests. `is_ready` says whether what this program is there for is up."""
 
-    def __init__(
-        self, *, catalog_path: Path, health: HealthDocument, is_ready: Callable[[], bool] = lambda: True
-    ) -> None:
-        self._catalog_path = catalog_path
-        self._health = health
+    def __init__(self, sources: Sources, *, is_ready: Callable[[], bool] = lambda: True) -> None:
+        self._catalog_path = sources.catalog_path
+        self._health = sources.health
+        self._metrics = Metrics(sources)
+        self._page = StatusPage(sources)
         self._is_ready = is_ready
         self._paths = {
+            "/": self._answer_page,
+            **dict.fromkeys(page.FILES, self._answer_file),
             "/health": self._answer_health,
             "/livez": self._answer_live,
             "/readyz": self._answer_ready,
+            "/metrics": self._answer_metrics,
             "/v1/events": self._answer_events,
         }
 
@@ -57,6 +66,13 @@ class HttpApi:
             return await answer(request)
         except StateError as exc:
             return problem(HTTPStatus.SERVICE_UNAVAILABLE, str(exc))
+
+    async def _answer_page(self, request: Request) -> Response:
+        return Response(int(HTTPStatus.OK), "text/html; charset=utf-8", await self._page.make(), page.HEADERS)
+
+    async def _answer_file(self, request: Request) -> Response:
+        media_type, path = page.FILES[request.path]
+        return Response(int(HTTPStatus.OK), media_type, await trio.Path(path).read_bytes())
 
     async def _answer_health(self, request: Request) -> Response:
         made = await self._health.make()
@@ -71,6 +87,10 @@ class HttpApi:
             return problem(HTTPStatus.SERVICE_UNAVAILABLE, "not mounted")
         await trio.to_thread.run_sync(_touch_catalog, self._catalog_path)
         return _json({"status": "pass"})
+
+    async def _answer_metrics(self, request: Request) -> Response:
+        text, media_type = await self._metrics.make()
+        return Response(int(HTTPStatus.OK), media_type, text)
 
     async def _answer_events(self, request: Request) -> Response:
         try:

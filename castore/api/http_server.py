@@ -189,15 +189,17 @@ class _Connection:
     async def _answer(self, request: h11.Request) -> Response:
         if request.method not in (b"GET", b"HEAD"):
             raise _Refused(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD", Allow="GET, HEAD")
-        hosts = [value for name, value in request.headers if name == b"host"]
-        if self._only_local and not all(_is_local(host.decode("ascii", "replace")) for host in hosts):
-            # A page in a browser could otherwise read what is here by a name of its own that leads to this host.
-            raise _Refused(HTTPStatus.MISDIRECTED_REQUEST, "this server answers to localhost and to addresses only")
         try:
             target = urlsplit(request.target.decode("ascii"))
             asked = Request(unquote(target.path, errors="strict"), dict(parse_qsl(target.query, errors="strict")))
         except ValueError:
             raise _Refused(HTTPStatus.BAD_REQUEST, "the path is not well formed") from None
+        # A target may name a host, too, and then that one counts (RFC 9112, 3.2.2).
+        hosts = [value.decode("ascii", "replace") for name, value in request.headers if name == b"host"]
+        hosts += [target.netloc] if target.netloc else []
+        if self._only_local and not all(map(_is_local, hosts)):
+            # A page in a browser could otherwise read what is here by a name of its own that leads to this host.
+            raise _Refused(HTTPStatus.MISDIRECTED_REQUEST, "this server answers to localhost and to addresses only")
         with trio.move_on_after(ANSWER_SECONDS):
             try:
                 return await self._respond(asked)
@@ -215,6 +217,7 @@ class _Connection:
             "Content-Length": str(len(response.body)),
             "Cache-Control": "no-store",
             "X-Content-Type-Options": "nosniff",
+            "Cross-Origin-Resource-Policy": "same-origin",
             **response.headers,
         }
         if self._h11.their_state is not h11.DONE:

@@ -4,51 +4,32 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
-
-import trio
+from typing import TYPE_CHECKING, Any, Final
 
 from castore import __version__
-from castore.blobs.reader import BlobReader
-from castore.catalog.reader import CatalogReader
-from castore.catalog.records import LocationStatus
-from castore.ingest.service import Ingest
+from castore.api.counts import CatalogCounts
+
+if TYPE_CHECKING:
+    from castore.blobs.reader import BlobReader
+    from castore.ingest.service import Ingest
 
 STATES: Final = ("receiving", "staged", "uploading", "stored", "failed")
-COUNTS_SHARE: Final = 10
-"""Counting the locations takes 0.1 s for each million. What took long is given again for that many times as long, so
-that whoever watches the document keeps no more than a tenth of a core busy."""
-_SHORT_SECONDS: Final = 0.05
-"""What took less is counted again each time."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Counts:
-    """What takes a scan of the catalog to know."""
-
-    package_count: int
-    package_bytes: int
-    locations: list[tuple[str, LocationStatus, int, int]]
-    good_until: float
-    """By trio's clock."""
 
 
 class StatusDocument:
     """Makes the document from a daemon's parts; `ingest` is None on a read-only mount, which has no queue."""
 
     def __init__(
-        self, *, state_dir: Path, mountpoint: Path, catalog_path: Path, ingest: Ingest | None, blobs: BlobReader
+        self, *, state_dir: Path, mountpoint: Path, counts: CatalogCounts, ingest: Ingest | None, blobs: BlobReader
     ) -> None:
         self._state_dir = state_dir
         self._mountpoint = mountpoint
-        self._catalog_path = catalog_path
+        self._counts = counts
         self._ingest = ingest
         self._blobs = blobs
         self._started_ns = time.time_ns()
-        self._turn = trio.Lock()
-        self._counts: _Counts | None = None
         self.http_url = ""
         """Where the HTTP API answers; empty while it does not."""
 
@@ -56,10 +37,7 @@ class StatusDocument:
         """The document as of now; counts of a large catalog may be older. Sizes are bytes, times nanoseconds since the
         epoch. Raises StateError when the catalog cannot be read.
         """
-        async with self._turn:
-            if self._counts is None or trio.current_time() > self._counts.good_until:
-                self._counts = await self._count()
-            counts = self._counts
+        counts = await self._counts.latest()
         return {
             "castore": __version__,
             "pid": os.getpid(),
@@ -75,25 +53,17 @@ class StatusDocument:
                 {"backend_id": backend_id, "status": str(status), "count": count, "size_bytes": size_bytes}
                 for backend_id, status, count, size_bytes in counts.locations
             ],
-            "failed_location_count": sum(row[2] for row in counts.locations if row[1] is LocationStatus.FAILED),
+            "failed_location_count": counts.failed_count,
             "reads": asdict(self._blobs.stats) | {"kept_bytes": self._blobs.kept_bytes},
             "cache": _cache(self._blobs),
         }
 
-    async def _count(self) -> _Counts:
-        started = trio.current_time()
-        counted = await trio.to_thread.run_sync(_scan, self._catalog_path)
-        now = trio.current_time()
-        took = now - started
-        return _Counts(*counted, good_until=now + (COUNTS_SHARE * took if took > _SHORT_SECONDS else 0))
-
     def _staged(self, ingest: Ingest) -> dict[str, Any]:
-        queue = {state: {"file_count": 0, "size_bytes": 0} for state in STATES}
-        for count in ingest.store.state_counts():
-            queue[count.state] = {"file_count": count.file_count, "size_bytes": count.size_bytes}
-        queue["receiving"]["size_bytes"] = max(0, queue["receiving"]["size_bytes"] + ingest.files.unnoted_bytes())
         return {
-            "queue": queue,
+            "queue": {
+                state: {"file_count": file_count, "size_bytes": size_bytes}
+                for state, file_count, size_bytes in states_of(ingest)
+            },
             "rate": asdict(ingest.uploader.rate.rate()),
             "eta_s": ingest.eta_seconds(),
             "expired": [asdict(each) for each in ingest.expiry.expired],
@@ -103,10 +73,12 @@ class StatusDocument:
         }
 
 
-def _scan(catalog_path: Path) -> tuple[int, int, list[tuple[str, LocationStatus, int, int]]]:
-    """On a connection of its own, in a thread: reads and lookups go on."""
-    with CatalogReader.open(catalog_path) as reader:
-        return *reader.totals(), reader.location_counts()
+def states_of(ingest: Ingest) -> list[tuple[str, int, int]]:
+    """(state, files, bytes) of ingest/, for every state; bytes that are being written among them."""
+    counts = {count.state: (count.file_count, count.size_bytes) for count in ingest.store.state_counts()}
+    files, size_bytes = counts.get("receiving", (0, 0))
+    counts["receiving"] = files, max(0, size_bytes + ingest.files.unnoted_bytes())
+    return [(state, *counts.get(state, (0, 0))) for state in STATES]
 
 
 def _version(ingest: Ingest, name: str, version: str, inode: int) -> dict[str, Any]:

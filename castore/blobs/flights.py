@@ -17,6 +17,7 @@ from castore.blobs.fetch import BlockFetcher
 from castore.blobs.memory import KnownBlob, Span, SpanMemory
 from castore.blobs.stats import ReadStats
 from castore.catalog.records import Blob
+from castore.durations import Durations
 from castore.errors import CastoreError, StorageUnavailable
 
 MAX_GET_BYTES: Final = 8 * 1024 * 1024
@@ -44,6 +45,8 @@ class Flights:
     ) -> None:
         self.memory = memory
         self.stats = stats
+        self.waits = Durations()
+        """How long reads waited that found not all in memory."""
         self.streams = 0
         """Handles that are read sequentially at present: they share what may be prefetched."""
         self._fetcher = fetcher

@@ -135,7 +135,9 @@ class SpanMemory:
             self._kept.move_to_end(span)
         if span.unread:
             low, high = max(first, span.first) - span.first, min(end, span.end) - span.first
-            self._clear_unread(span, span.unread & ((1 << high) - (1 << low)))
+            read = span.unread & ((1 << high) - (1 << low))
+            self._stats.prefetched_read += read.bit_count()
+            self._clear_unread(span, read)
 
     def give_up(self, span: Span) -> None:
         """Whoever had the span prefetched will not read the rest of it; it stays as long as any other."""

@@ -63,6 +63,8 @@ class OpenBlob:
         if offset >= end:
             await trio.lowlevel.checkpoint()
             return b""
+        stats = self._flights.stats
+        stats.reads += 1
         first, last = offset // self._known.block_size, -(-end // self._known.block_size)
         tries = 0
         while True:
@@ -70,10 +72,14 @@ class OpenBlob:
             if tries == 0:
                 self._prefetch(offset, end)
             waited = not all(span.done.is_set() for span in spans)
+            started = trio.current_time() if waited else 0.0
             for span in spans:
                 await span.done.wait()
+            if waited:
+                self._flights.waits.add(trio.current_time() - started)
             failed = next((span for span in spans if span.error is not None), None)
             if failed is None:
+                stats.read_bytes += end - offset
                 if self._on_first_read is not None:
                     self._on_first_read(waited, any(span.fetched for span in spans))
                     self._on_first_read = None
@@ -82,6 +88,7 @@ class OpenBlob:
             self._pattern.reset()
             tries += 1
             if tries > _WIDER_FLIGHTS or not _perhaps_elsewhere(failed, first, last):
+                stats.read_errors += 1
                 raise failed.failure()
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from castore.blobs.stats import ReadStats
 from castore.catalog.reader import CatalogReader
 from castore.catalog.records import Blob
 from castore.digest import Digest
+from castore.durations import Durations
 from castore.storage.spi import StorageBackend
 
 
@@ -56,6 +57,11 @@ class BlobReader:
     def kept_bytes(self) -> int:
         """Bytes of memory that are kept for the next read, at most `memory_bytes`."""
         return self._memory.kept_bytes
+
+    @property
+    def waits(self) -> Durations:
+        """How long reads waited that found not all in memory."""
+        return self._flights.waits
 
     @property
     def ahead_bytes(self) -> int:

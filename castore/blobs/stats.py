@@ -9,6 +9,12 @@ from dataclasses import dataclass
 class ReadStats:
     """What the read path did since it was made. Only ever counts up."""
 
+    reads: int = 0
+    """Reads of open blobs, those that failed among them."""
+    read_bytes: int = 0
+    """Bytes that they gave."""
+    read_errors: int = 0
+    """Reads that failed."""
     gets: int = 0
     """Gets sent to backends, those that failed among them."""
     fetched_bytes: int = 0
@@ -19,6 +25,8 @@ class ReadStats:
     """Blocks that a read waited for; those that a prefetch had already sent for among them."""
     prefetched: int = 0
     """Blocks sent for before any read asked for them."""
+    prefetched_read: int = 0
+    """Of these, blocks that were read since."""
     prefetched_unread: int = 0
     """Of these, blocks that were given up unread: evicted, failed, or left behind by their handle."""
     bad_blocks: int = 0

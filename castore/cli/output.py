@@ -10,7 +10,10 @@ from typing import Any, Final
 
 import click
 
-_IEC_UNITS: Final = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+from castore.readable import format_bytes as format_bytes
+from castore.readable import format_seconds as format_seconds
+from castore.readable import printable as printable
+
 _NS: Final = 10**9
 _FIRST_TIME_NS: Final = 10**17
 """March 1973, or three years: a larger number of nanoseconds is a time, a smaller one a duration."""
@@ -91,29 +94,6 @@ def _readable(key: str, value: Any) -> tuple[str, str]:
     return printable(key), shown
 
 
-def format_bytes(size_bytes: int) -> str:
-    """A size in IEC units with three digits or so: `0 B`, `1023 B`, `1.5 KiB`, `12 GiB`."""
-    if size_bytes < 1024:
-        return f"{size_bytes} B"
-    size = float(size_bytes)
-    for unit in _IEC_UNITS:
-        size /= 1024
-        # 1023.5 would be written as 1024.
-        if size < 1023.5 or unit == _IEC_UNITS[-1]:
-            break
-    return f"{size:.1f} {unit}" if size < 99.95 else f"{size:.0f} {unit}"
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration in its two largest units: `8 s`, `2 min 5 s`, `3 h 20 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
 def eta(seconds: float | None) -> str:
     """What a line of progress adds when it is known how long the rest takes."""
     return "" if seconds is None else f", about {format_seconds(seconds)} left"
@@ -124,19 +104,6 @@ def format_time_ns(time_ns: int) -> str:
     if time_ns == 0:
         return "-"
     return datetime.fromtimestamp(time_ns // _NS).astimezone().isoformat(sep=" ")
-
-
-def printable(text: str | bytes) -> str:
-    """The text with everything escaped that a terminal might act on, and bytes that are not UTF-8 as `\\xNN`."""
-    if isinstance(text, bytes):
-        text = text.decode(errors="surrogateescape")
-    return "".join(char if char.isprintable() and char != "\\" else _escaped(char) for char in text)
-
-
-def _escaped(char: str) -> str:
-    if 0xDC80 <= ord(char) <= 0xDCFF:
-        return f"\\x{ord(char) - 0xDC00:02x}"
-    return char.encode("unicode_escape").decode()
 
 
 def text_fields(key: str, value: bytes) -> dict[str, str]:

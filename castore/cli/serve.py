@@ -39,21 +39,36 @@ def command(session: Session, listen: str | None, as_json: bool) -> None:
 async def _serve(config: Config, http: HttpSettings, as_json: bool) -> None:
     import trio
 
+    from castore.api.counts import CatalogCounts
     from castore.api.health import HealthDocument
     from castore.api.http_api import HttpApi
     from castore.api.http_server import open_listener, serve_http, url_of
     from castore.api.probes import BackendProbes
+    from castore.api.sources import Sources
+    from castore.storage.measured import CallStats
     from castore.storage.open import open_backend
 
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         listening = await trio.to_thread.run_sync(open_listener, http.host, http.port)
-        backends = {backend_id: open_backend(settings) for backend_id, settings in config.backends.items()}
+        calls = {backend_id: CallStats() for backend_id in config.backends}
+        backends = {
+            backend_id: open_backend(settings, calls[backend_id]) for backend_id, settings in config.backends.items()
+        }
         probes = BackendProbes(backends)
-        health = HealthDocument(catalog_path=config.store.catalog_path, probes=probes)
-        api = HttpApi(catalog_path=config.store.catalog_path, health=health)
+        counts = CatalogCounts(config.store.catalog_path)
+        sources = Sources(
+            catalog_path=config.store.catalog_path,
+            health=HealthDocument(catalog_path=config.store.catalog_path, probes=probes),
+            probes=probes,
+            counts=counts,
+            backend_types={backend_id: settings.backend_type for backend_id, settings in config.backends.items()},
+            calls=calls,
+        )
+        api = HttpApi(sources)
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(probes.run)
+                await nursery.start(counts.run)
                 await nursery.start(serve_http, listening, api.respond)
                 url = url_of(listening)
                 click.echo(json_line({"url": url}) if as_json else f"serving {printable(url)}")

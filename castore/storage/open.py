@@ -1,9 +1,10 @@
 """Settings -> a backend with all its wrappers. The only place that knows every type of backend; opens nothing itself.
 
-The order, from the outside: breaker, retry, limit, deadline, backend. So a wait before another try takes no turn from
-others, and a call that waits for its turn is not counted as a backend that does not answer. What fails for the breaker
-has failed after all its tries, so a server's fail-over that these outlast is no outage; and what the breaker refuses
-is not tried again: whoever asked turns to another location at once.
+The order, from the outside: breaker, retry, limit, measured, deadline, backend. So a wait before another try takes no
+turn from others, and a call that waits for its turn is not counted as a backend that does not answer. What fails for
+the breaker has failed after all its tries, so a server's fail-over that these outlast is no outage; and what the
+breaker refuses is not tried again: whoever asked turns to another location at once. What is measured is the backend
+alone: each try, and no wait for a turn.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from castore.errors import ConfigError
 from castore.storage.breaker import BreakerBackend
 from castore.storage.deadline import DeadlineBackend
 from castore.storage.limit import LimitedBackend
+from castore.storage.measured import CallStats, MeasuredBackend
 from castore.storage.retry import RetryingBackend
 from castore.storage.spi import ProbeReport, Probing, StorageBackend
 
@@ -28,16 +30,18 @@ if TYPE_CHECKING:
     from castore.storage.backends.s3 import S3Backend
 
 
-def open_backend(settings: BackendSettings) -> StorageBackend:
-    """The backend that the settings describe, ready for use. Touches no disk and no network.
+def open_backend(settings: BackendSettings, stats: CallStats | None = None) -> StorageBackend:
+    """The backend that the settings describe, ready for use. Its calls are counted in `stats`, if given.
+
+    Touches no disk and no network.
 
     Raises ConfigError for a type of backend that this installation does not have.
     """
     if isinstance(settings, LocalSettings):
         local = _local(settings)
-        return wrap(local, reads=local.read_threads, writes=local.write_threads)
+        return wrap(local, reads=local.read_threads, writes=local.write_threads, stats=stats)
     s3 = _s3(settings)
-    return wrap(s3, reads=s3.reads, writes=s3.writes)
+    return wrap(s3, reads=s3.reads, writes=s3.writes, stats=stats)
 
 
 def load_backend(settings: BackendSettings) -> None:
@@ -50,9 +54,12 @@ def load_backend(settings: BackendSettings) -> None:
             import castore.storage.backends.s3_native  # noqa: F401
 
 
-def wrap(backend: StorageBackend, *, reads: int, writes: int) -> StorageBackend:
+def wrap(backend: StorageBackend, *, reads: int, writes: int, stats: CallStats | None = None) -> StorageBackend:
     """A bare backend made fit for use: bounded in time, in calls at once, and in tries; left alone while it is dead."""
-    return BreakerBackend(RetryingBackend(LimitedBackend(DeadlineBackend(backend), reads=reads, writes=writes)))
+    bounded: StorageBackend = DeadlineBackend(backend)
+    if stats is not None:
+        bounded = MeasuredBackend(bounded, stats)
+    return BreakerBackend(RetryingBackend(LimitedBackend(bounded, reads=reads, writes=writes)))
 
 
 async def create_backend(settings: BackendSettings) -> bool:

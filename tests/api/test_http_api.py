@@ -7,10 +7,9 @@ from collections.abc import Callable
 import pytest
 import trio
 
-from castore.api.health import HealthDocument
 from castore.api.http_api import EVENTS_MAX, HttpApi
-from castore.api.probes import BackendProbes
 from tests.api.http_client import Served, start
+from tests.api.observed import observe
 from tests.event_schemas import check_event
 from tests.published import PublishedStore
 
@@ -25,10 +24,7 @@ def ready() -> list[bool]:
 
 @pytest.fixture
 async def served(store: PublishedStore, nursery: trio.Nursery, ready: list[bool]) -> Served:
-    probes = BackendProbes(store.backends)
-    await nursery.start(probes.run)
-    health = HealthDocument(catalog_path=store.catalog_path, probes=probes)
-    api = HttpApi(catalog_path=store.catalog_path, health=health, is_ready=lambda: ready[-1])
+    api = HttpApi(await observe(store, nursery), is_ready=lambda: ready[-1])
     return await start(nursery, api.respond)
 
 
@@ -70,7 +66,10 @@ async def test_not_ready(served: Served, store: PublishedStore, ready: list[bool
 async def test_an_unknown_path(served: Served) -> None:
     answer = await served.get("/health/")
     assert answer.status == 404
-    assert answer.json()["detail"] == "there are /health, /livez, /readyz, /v1/events"
+    assert (
+        answer.json()["detail"]
+        == "there are /, /style.css, /page.js, /icon.svg, /health, /livez, /readyz, /metrics, /v1/events"
+    )
 
 
 async def add_events(store: PublishedStore, *sizes: int) -> None:

@@ -15,6 +15,7 @@ from castore.storage.conformance import BackendConformance
 from castore.storage.deadline import DeadlineBackend
 from castore.storage.layout import key_of
 from castore.storage.limit import LimitedBackend
+from castore.storage.measured import CallStats, MeasuredBackend
 from castore.storage.open import create_backend, open_backend
 from castore.storage.retry import RetryingBackend
 from castore.storage.spi import StorageBackend
@@ -26,6 +27,7 @@ WRAPPERS: dict[str, Callable[[StorageBackend], StorageBackend]] = {
     "deadline": DeadlineBackend,
     "retry": RetryingBackend,
     "limit": lambda inner: LimitedBackend(inner, reads=4, writes=4),
+    "measured": lambda inner: MeasuredBackend(inner, CallStats()),
     "limit to one": lambda inner: LimitedBackend(inner, reads=1, writes=1),
 }
 
@@ -70,6 +72,6 @@ class TestLocalAsConfigured(_OnDisk):
     async def backend(self, path: Path) -> AsyncIterator[StorageBackend]:
         settings = LocalSettings("objects", path)
         await create_backend(settings)
-        backend = open_backend(settings)
+        backend = open_backend(settings, CallStats())
         yield backend
         await backend.aclose()

@@ -1,0 +1,37 @@
+"""What a program has that its metrics and its status page tell of. Holds the parts together, and asks none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from castore.api.counts import CatalogCounts
+from castore.api.health import HealthDocument
+from castore.api.probes import BackendProbes
+from castore.storage.measured import CallStats
+
+if TYPE_CHECKING:
+    from castore.blobs.reader import BlobReader
+    from castore.ingest.service import Ingest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """The parts of a daemon, or of `castore serve`, which has no mount and no queue."""
+
+    catalog_path: Path
+    health: HealthDocument
+    probes: BackendProbes
+    counts: CatalogCounts
+    backend_types: Mapping[str, str]
+    """The configured backends, in the order of the configuration."""
+    calls: Mapping[str, CallStats]
+    """What was asked of each backend."""
+    blobs: BlobReader | None = None
+    ingest: Ingest | None = None
+    mountpoint: str = ""
+    """Empty without a mount."""
+    started_ns: int = field(default_factory=time.time_ns)
