@@ -37,6 +37,7 @@ def command(mountpoint: Path, force: bool, timeout: str, as_json: bool) -> None:
     """Wait until all that is staged is stored, then unmount MNT."""
     drain_seconds = _seconds(timeout)
     mount = _castore_mount(mountpoint)
+    os.chdir("/")  # whoever calls this from inside of the mount: this process at least does not keep it busy
     client = ControlClient(_control_path(mount))
     if _is_served_by(client, mount, force):
         outcome = _drain(client, mount, force, drain_seconds)

@@ -125,6 +125,12 @@ def test_a_busy_mount_names_who_uses_it(store: MountedStore, how: str) -> None:
     store.umount()
 
 
+def test_umount_from_inside(store: MountedStore) -> None:
+    """The command itself is none of those who use it."""
+    done = store.run("umount", str(store.mnt), cwd=store.mnt / "packages")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_umount_waits_until_all_is_stored(store: MountedStore) -> None:
     box = store.ingest("drain/1")
     for number in range(100):
