@@ -257,7 +257,7 @@ def _add_cache(families: Families, blobs: BlobReader) -> None:
         "Files evicted from it by this process.",
         [] if state is None else state.evicted_files,
     )
-    families.gauge("castore_disk_cache_up", "1 when it is there and works.", state is not None and not state.problem)
+    families.gauge("castore_disk_cache_up", "1 when it works.", [] if state is None else not state.problem)
     families.gauge(
         "castore_disk_cache_used_bytes",
         "Bytes on disk, of files and of small blobs.",

@@ -13,7 +13,7 @@ import trio
 from castore import __version__
 from castore.api.markup import Markup, join, tag, text
 from castore.api.page_facts import PageFacts, gather
-from castore.api.page_parts import empty, instant, more, section, table
+from castore.api.page_parts import empty, figures, instant, more, section, table
 from castore.api.page_sections import COUNTING, backends, events, failed, packages, queue, verification
 from castore.api.sources import Sources
 from castore.readable import format_bytes
@@ -159,22 +159,15 @@ def _figures(facts: PageFacts) -> Markup:
     good = sum(each.stored_count + each.verified_count for each in counts.coverage)
     recent = sum(each.verified_since[2] for each in counts.coverage)
     waiting = sum(files for state, files, _ in facts.queue.states if state != "stored") if facts.queue else 0
-    figures = [
+    found = [
         ("Packages", f"{counts.package_count:,}", format_bytes(counts.package_bytes)),
         ("Good locations", f"{good:,}", format_bytes(sum(row[3] for row in counts.locations if row[1] in _GOOD))),
         ("Failed locations", f"{counts.failed_count:,}", "missing or wrong bytes"),
         ("Verified in 30 days", f"{100 * recent // good} %" if good else "-", f"{recent:,} of {good:,}"),
     ]
     if facts.queue is not None:
-        figures.append(("Files waiting", f"{waiting:,}", f"{format_bytes(facts.queue.staged_bytes)} staged"))
-    return tag(
-        "dl",
-        *(
-            tag("div", tag("dt", name), tag("dd", tag("b", value), " ", tag("span", note)))
-            for name, value, note in figures
-        ),
-        class_="figures",
-    )
+        found.append(("Files waiting", f"{waiting:,}", f"{format_bytes(facts.queue.staged_bytes)} staged"))
+    return figures(found)
 
 
 _GOOD: Final = ("stored", "verified")

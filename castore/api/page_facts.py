@@ -26,7 +26,9 @@ FAILED_SHOWN: Final = 50
 PATHS_SHOWN: Final = 3
 """Files named for one of them: an empty file may be in thousands of packages."""
 EVENTS_SHOWN: Final = 20
-"""Events on the page: the last ones. /v1/events gives all."""
+"""Rows of events on the page: the last ones. /v1/events gives all."""
+EVENTS_LOOKED_AT: Final = 500
+"""Events that these rows are made of: a scrub makes one for each object, and they share a row."""
 VERSIONS_SHOWN: Final = 20
 """Versions in ingest/ on the page. `castore status` names all."""
 
@@ -96,7 +98,7 @@ def _look(path: Path) -> Rows:
         return Rows(
             failed=reader.first_failed(FAILED_SHOWN, PATHS_SHOWN),
             packages=reader.newest_packages(PACKAGES_SHOWN),
-            events=reader.newest_events(EVENTS_SHOWN),
+            events=reader.newest_events(EVENTS_LOOKED_AT),
         )
 
 

@@ -54,6 +54,18 @@ def _cell(number: int, name: str, cell: Child, is_number: bool) -> Markup:
     return tag("td", content, role="cell", class_=kind, data_label=name)
 
 
+def figures(items: Iterable[tuple[str, str, str]]) -> Markup:
+    """Numbers that are read at a glance: (name, value, note) each."""
+    return tag(
+        "dl",
+        *(
+            tag("div", tag("dt", name), tag("dd", tag("b", value), " ", tag("span", note)))
+            for name, value, note in items
+        ),
+        class_="figures",
+    )
+
+
 def empty(said: str) -> Markup:
     """What stands where there is nothing to list."""
     return tag("p", said, class_="empty")

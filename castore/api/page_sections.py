@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from itertools import groupby
+from typing import Final
 
 from castore.api.markup import Child, Markup, join, tag
-from castore.api.page_facts import PageFacts
-from castore.api.page_parts import bar, command, empty, instant, more, ref_and_path, section, table
+from castore.api.page_facts import EVENTS_SHOWN, PageFacts
+from castore.api.page_parts import bar, command, empty, figures, instant, more, ref_and_path, section, table
 from castore.api.sources import Sources
 from castore.catalog.event_log import StoredEvent
 from castore.catalog.overview import BackendCoverage, FailedLocation
@@ -160,12 +161,7 @@ def queue(facts: PageFacts) -> Markup:
     if waiting.eta_s:
         left.append(f"about {format_seconds(waiting.eta_s)} left")
     left.append(f"{format_bytes(waiting.staged_bytes)} of {format_bytes(waiting.staging_max_bytes)} staged")
-    states = table(
-        "Files in ingest/ by state",
-        ["State", "Files", "Size"],
-        [[state, files, format_bytes(size)] for state, files, size in waiting.states],
-        right=(1, 2),
-    )
+    states = figures([(state, f"{files:,}", format_bytes(size)) for state, files, size in waiting.states])
     versions = table(
         "Versions in ingest/",
         ["Version", "Stored", "Size", "Problem"],
@@ -221,12 +217,13 @@ def packages(facts: PageFacts) -> Markup:
 
 
 def events(facts: PageFacts) -> Markup:
-    """What happened last."""
+    """What happened last. Of one kind after another, as a scrub makes them, there is one row."""
     rows = facts.rows
     if rows is None:
         return section("events", "Events", empty(_NO_CATALOG))
     if not rows.events:
         return section("events", "Events", empty("Nothing has happened yet."))
+    runs = [list(run) for _, run in groupby(rows.events, key=_kind)][:EVENTS_SHOWN]
     return section(
         "events",
         "Events",
@@ -235,12 +232,12 @@ def events(facts: PageFacts) -> Markup:
             ["Event", "When", "About", "Says"],
             [
                 [
-                    stored.event.type,
-                    instant(stored.event.time_ns),
-                    tag("code", _subject(stored)),
-                    _says(stored.event.data),
+                    tag("span", run[0].event.type, class_="id"),
+                    instant(run[0].event.time_ns),
+                    tag("code", _subject(run[0])) if len(run) == 1 else f"{len(run):,} objects",
+                    _says(run),
                 ]
-                for stored in rows.events
+                for run in runs
             ],
         ),
         tag(
@@ -254,21 +251,32 @@ def events(facts: PageFacts) -> Markup:
     )
 
 
+def _kind(stored: StoredEvent) -> tuple[object, ...]:
+    """What makes two events of the same kind. Each of a package is its own."""
+    event = stored.event
+    if ":" not in event.subject:
+        return (stored.sequence,)
+    return (event.type, *(event.data.get(key) for key in ("status", "reason", "backend_id")))
+
+
 def _subject(stored: StoredEvent) -> str:
     algorithm, colon, rest = stored.event.subject.partition(":")
     return f"{algorithm}:{rest[:16]}…" if colon and len(rest) == 64 else stored.event.subject
 
 
-def _says(data: dict[str, Any]) -> str:
+def _says(run: list[StoredEvent]) -> str:
     """Whatever a type of event has of what people look for."""
+    data = run[0].event.data
     said = [str(data[key]) for key in ("status", "reason") if data.get(key)]
     if data.get("backend_id"):
         said.append(f"in {data['backend_id']}")
     if isinstance(data.get("file_count"), int):
         said.append(f"{data['file_count']:,} files")
-    if isinstance(data.get("size_bytes"), int):
-        said.append(format_bytes(data["size_bytes"]))
-    named = data.get("packages")
-    if isinstance(named, list) and named:
-        said.append(f"for {', '.join(map(str, named[:3]))}" + (" and more" if len(named) > 3 else ""))
+    sizes = [stored.event.data.get("size_bytes") for stored in run]
+    known = [size for size in sizes if isinstance(size, int)]
+    if known:
+        said.append(format_bytes(sum(known)))
+    named = list(dict.fromkeys(str(ref) for stored in run for ref in stored.event.data.get("packages") or ()))
+    if named:
+        said.append(f"for {', '.join(named[:3])}" + (" and more" if len(named) > 3 else ""))
     return " · ".join(said) or "-"

@@ -15,9 +15,10 @@ from castore.api.http_api import HttpApi
 from castore.api.page import HEADERS
 from castore.api.page_facts import EVENTS_SHOWN, FAILED_SHOWN, PACKAGES_SHOWN, PATHS_SHOWN
 from castore.catalog.records import FailureReason
+from castore.registry.locations import record_bad_read, record_stored
 from tests.api.http_client import Served, start
 from tests.api.observed import observe
-from tests.published import PublishedStore, numbered_files
+from tests.published import PublishedStore, numbered_files, summary_of
 
 PAGE_MAX_BYTES = 200_000
 """With everything that is bounded at its bound, names of ordinary length."""
@@ -249,6 +250,24 @@ async def test_events_are_the_last_ones(fetch: Fetch, store: PublishedStore) -> 
     events = section(await fetch(), "events")
     assert [int(number) for number in re.findall(r"p/(\d+)", events)] == list(range(49, 49 - EVENTS_SHOWN, -1))
     assert "2023-11-14 22:13:20 p/49 49 files · 1 B" in events
+
+
+async def test_events_of_one_kind_share_a_row(fetch: Fetch, store: PublishedStore) -> None:
+    blobs = [(summary_of(b"%d" % number), "first") for number in range(40)]
+    store.write(lambda transaction: record_stored(transaction, blobs[:10]))
+    bad = blobs[5][0].digest
+    store.write(lambda transaction: record_bad_read(transaction, bad, "first", FailureReason.MISSING))
+    store.write(lambda transaction: record_stored(transaction, blobs[10:]))
+    events = section(await fetch(), "events")
+    rows = re.findall(r"(v1\.\S+) \S+ \S+ (.*?)(?= v1\.| All of them)", events)
+    assert [name for name, _ in rows] == [
+        *("v1.storage.location_stored", "v1.storage.location_failed", "v1.storage.location_stored")
+    ]
+    assert [said for _, said in rows] == [
+        "30 objects in first · 60 B",
+        f"{str(bad)[:23]}… missing · in first · 1 B",
+        "10 objects in first · 10 B",
+    ]
 
 
 async def test_a_catalog_that_is_gone(fetch: Fetch, store: PublishedStore) -> None:
