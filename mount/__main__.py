@@ -12,6 +12,7 @@ from pathlib import Path
 from castore.config import load_config
 from castore.errors import CastoreError
 from mount.daemon import Daemon, parse_options
+from mount.service import READY, STOPPING, tell
 
 _LEVELS = ("debug", "info", "warning", "error")
 
@@ -35,13 +36,21 @@ def main() -> int:
         with Daemon(config, arguments.mountpoint, options) as daemon:
             if arguments.ready_fd is not None:
                 os.chdir("/")  # in the background, it keeps nobody's directory busy
-            return daemon.run(lambda: _tell(arguments.ready_fd, {"ready": True, "pid": os.getpid()}))
+            try:
+                return daemon.run(lambda: _tell_ready(arguments.ready_fd))
+            finally:
+                tell(STOPPING)
     except CastoreError as exc:
         if arguments.ready_fd is None:
             print(f"castore: error: {exc}", file=sys.stderr)
         else:
             _tell(arguments.ready_fd, {"error": str(exc)})
         return 2
+
+
+def _tell_ready(descriptor: int | None) -> None:
+    tell(READY)
+    _tell(descriptor, {"ready": True, "pid": os.getpid()})
 
 
 def _tell(descriptor: int | None, message: dict[str, object]) -> None:
