@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +47,25 @@ class Counts:
         return sum(count for _, status, count, _ in self.locations if status is LocationStatus.FAILED)
 
 
+def count(catalog_path: Path) -> Counts:
+    """Count everything, in one go. Raises StateError."""
+    now = time.time_ns()
+    with OverviewReader(catalog_path) as reader:
+        return Counts(
+            now,
+            *reader.totals(),
+            locations=reader.location_counts(),
+            failures=reader.failures(),
+            coverage=reader.coverage(tuple(now - days * _DAY_NS for days in COVERAGE_DAYS)),
+        )
+
+
 class CatalogCounts:
     """Counts when asked, in a thread and on a connection of its own: reads and lookups go on. `run` must be running."""
 
-    def __init__(self, catalog_path: Path) -> None:
+    def __init__(self, catalog_path: Path, *, count: Callable[[Path], Counts] = count) -> None:
         self._catalog_path = catalog_path
+        self._count_catalog = count
         self._nursery: trio.Nursery | None = None
         self._counting: trio.Event | None = None
         self._known: Counts | None = None
@@ -91,7 +106,7 @@ class CatalogCounts:
     async def _count(self, done: trio.Event) -> None:
         started = trio.current_time()
         try:
-            self._known = await trio.to_thread.run_sync(_scan, self._catalog_path, abandon_on_cancel=True)
+            self._known = await trio.to_thread.run_sync(self._count_catalog, self._catalog_path, abandon_on_cancel=True)
         except StateError as exc:
             self._known, self._error = None, exc
         finally:
@@ -100,15 +115,3 @@ class CatalogCounts:
             self._good_until = trio.current_time() + (COUNTS_SHARE * self._took if long else 0)
             self._counting = None
             done.set()
-
-
-def _scan(catalog_path: Path) -> Counts:
-    now = time.time_ns()
-    with OverviewReader(catalog_path) as reader:
-        return Counts(
-            now,
-            *reader.totals(),
-            locations=reader.location_counts(),
-            failures=reader.failures(),
-            coverage=reader.coverage(tuple(now - days * _DAY_NS for days in COVERAGE_DAYS)),
-        )

@@ -22,10 +22,8 @@ class BackendCoverage:
     verified_count: int
     verified_since: tuple[int, ...]
     """Of these, how many were verified since each of the times asked for."""
-    oldest_verified_ns: int
-    """When the verified location whose turn is longest ago was verified; 0 when there is none."""
     oldest_proof_ns: int
-    """The same of good locations that were verified or stored."""
+    """When the good location that was verified or stored longest ago was; 0 when there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +59,41 @@ class OverviewReader(ConditionReader):
         return [self._coverage(backend_id, since_ns) for backend_id in sorted(self.backend_ids())]
 
     def _coverage(self, backend_id: str, since_ns: tuple[int, ...]) -> BackendCoverage:
-        verified = "FROM storage_locations WHERE backend_id = ? AND status = 'verified'"
-        within: list[int] = []
-        newer_ns = 2**63 - 1
-        for since in since_ns:  # each range is looked at once
-            row = self._one(
-                f"SELECT count(*) {verified} AND verified_at_ns >= ? AND verified_at_ns < ?",
-                *(backend_id, since, newer_ns),
-            )
-            within.append(row[0] + (within[-1] if within else 0))
-            newer_ns = since
+        verified_count = self._count(backend_id, LocationStatus.VERIFIED)
         return BackendCoverage(
             backend_id=backend_id,
             stored_count=self._count(backend_id, LocationStatus.STORED),
-            verified_count=self._count(backend_id, LocationStatus.VERIFIED),
-            verified_since=tuple(within),
-            oldest_verified_ns=self._one(f"SELECT coalesce(min(verified_at_ns), 0) {verified}", backend_id)[0],
+            verified_count=verified_count,
+            verified_since=self._verified_since(backend_id, since_ns, verified_count),
             oldest_proof_ns=self.oldest_proof_ns(backend_id),
         )
+
+    def _verified_since(self, backend_id: str, since_ns: tuple[int, ...], verified_count: int) -> tuple[int, ...]:
+        """How many are verified since each time.
+
+        The index on the time of verification has all that were ever re-read: 25 ms for each million. Those that failed
+        since are few, and taken off. Where some were stored anew since, all rows are looked at: 0.4 s for each million.
+        """
+        looked_at, newer_ns = [0], 2**63 - 1
+        for since in (*since_ns, 1):
+            row = self._one(
+                "SELECT count(*) FROM storage_locations WHERE backend_id = ? AND verified_at_ns BETWEEN ? AND ?",
+                *(backend_id, since, newer_ns),
+            )
+            looked_at.append(looked_at[-1] + row[0])
+            newer_ns = since - 1
+        sums = ", ".join("coalesce(sum(verified_at_ns >= ?), 0)" for _ in (*since_ns, 1))
+        bad = self._one(
+            f"SELECT {sums} FROM storage_locations WHERE status IN ('failed', 'deleting') AND backend_id = ?",
+            *(*since_ns, 1, backend_id),
+        )
+        good = [all_of_them - bad_ones for all_of_them, bad_ones in zip(looked_at[1:], bad, strict=True)]
+        if good[-1] != verified_count:
+            good = self._one(
+                f"SELECT {sums} FROM storage_locations NOT INDEXED WHERE backend_id = ? AND status = 'verified'",
+                *(*since_ns, 1, backend_id),
+            )
+        return tuple(good[:-1])
 
     def _count(self, backend_id: str, status: LocationStatus) -> int:
         row = self._one(

@@ -84,6 +84,14 @@ async def test_age_and_coverage_of_verification(store: PublishedStore, scrape: S
         for days in ("1", "7", "30", "90", "any")
     }
     assert within == {"1": 1, "7": 2, "30": 3, "90": 3, "any": 4}
+
+    # One fails, one is stored anew: neither is verified any more.
+    for blob_id, status, expected in ((1, "failed", [0, 1, 2, 2, 3]), (2, "stored", [0, 0, 1, 1, 2])):
+        reason = "missing" if status == "failed" else ""
+        store.execute("UPDATE storage_locations SET status = ?, reason = ? WHERE blob_id = ?", status, reason, blob_id)
+        found = samples(await scrape())
+        within = {days: found[f'castore_verified_locations{{backend="first",within_days="{days}"}}'] for days in within}
+        assert list(within.values()) == expected
     assert found['castore_verification_age_seconds{backend="first"}'] == pytest.approx(400 * 86_400, abs=600)
 
 

@@ -68,7 +68,11 @@ def with_site(root: Path, place: Place, look: Callable[[Site], None]) -> None:
             )
         await store.publish("zlib/1.3.1", numbered_files(8))
         async with trio.open_nursery() as nursery:
-            served = await start(nursery, HttpApi(await observe(store, nursery)).respond)
+            sources = await observe(store, nursery)
+            known: list[int | None] = [None]
+            while None in known:  # how the backends are is said from the first page on
+                known = [probe.duration_ms for probe in (await sources.probes.latest()).values()]
+            served = await start(nursery, HttpApi(sources).respond)
             site = Site(store, f"http://localhost:{served.port}/", trio.from_thread.run)
             await trio.to_thread.run_sync(look, site)
             nursery.cancel_scope.cancel()
@@ -158,7 +162,7 @@ def test_without_scripts_it_says_the_same(visit: Visit, chromium: Chromium) -> N
                 texts.append(page.tell("document.querySelector('main').innerText"))
                 assert page.tell("document.querySelectorAll('button').length") == int(scripts)
         assert len(texts[0]) > 500
-        steady = [re.sub(r"\d+ ms|\d+ (GiB|MiB) left", "", text) for text in texts]
+        steady = [re.sub(r"\d+ ms|[\d.]+ \w+ left", "", text) for text in texts]
         assert steady[0] == steady[1]
 
     visit(look)
