@@ -27,6 +27,8 @@ class BackendHealth:
     status: Literal["pass", "warn", "fail"]
     detail: str
     free_bytes: int | None = None
+    clock_ahead_s: float | None = None
+    """Seconds by which this host's clock is ahead of the backend's; None where that one does not tell, or is none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ from castore.digest import Digest
 from castore.errors import ConfigError, ObjectMissing, StorageError
 from castore.storage.backends.s3_connection import S3Connection
 from castore.storage.backends.s3_probe import probe_s3
-from castore.storage.backends.s3_unfinished import UnfinishedUploads
+from castore.storage.backends.s3_unfinished import UnfinishedUploads, server_time
 from castore.storage.backends.s3_upload import Uploads
 from castore.storage.layout import digest_of, key_of
 from castore.storage.pages import Pages
@@ -136,10 +136,14 @@ class S3Backend:
     async def health(self) -> BackendHealth:
         settings = self._settings
         try:
-            await self._connection.call("health", "list_objects_v2", Prefix=self._prefix, MaxKeys=1)
+            answer = await self._connection.call("health", "list_objects_v2", Prefix=self._prefix, MaxKeys=1)
         except StorageError as exc:
             return BackendHealth("fail", str(exc))
-        return BackendHealth("pass", f"bucket {settings.bucket} at {settings.endpoint_url} answers")
+        ahead_s = None
+        with suppress(KeyError, TypeError, ValueError):  # a server need not say what time it is
+            ahead_s = (datetime.now(UTC) - server_time(answer)).total_seconds()
+        detail = f"bucket {settings.bucket} at {settings.endpoint_url} answers"
+        return BackendHealth("pass", detail, clock_ahead_s=ahead_s)
 
     async def abandon(self, digest: Digest) -> None:
         await self._uploads.abandon(digest, self._key(digest))
