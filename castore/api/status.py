@@ -54,7 +54,8 @@ class StatusDocument:
                 for backend_id, status, count, size_bytes in counts.locations
             ],
             "failed_location_count": counts.failed_count,
-            "reads": asdict(self._blobs.stats) | {"kept_bytes": self._blobs.kept_bytes},
+            "reads": asdict(self._blobs.stats)
+            | {"kept_bytes": self._blobs.kept_bytes, "buffer_bytes": self._blobs.buffer_bytes},
             "cache": _cache(self._blobs),
         }
 

@@ -237,10 +237,20 @@ class CacheWriter:
         try:
             return os.open(path, flags, _PRIVATE_FILE)
         except FileNotFoundError:
-            # One by one: makedirs gives the folders in between the process's default mode.
-            for folder in reversed(Path(path).parents[:4]):
-                os.makedirs(folder, _PRIVATE_FOLDER, exist_ok=True)
+            _make_folder(os.path.dirname(path))
             return os.open(path, flags, _PRIVATE_FILE)
+
+
+def _make_folder(path: str) -> None:
+    """Most often nothing but the last of its folders is absent."""
+    try:
+        os.mkdir(path, _PRIVATE_FOLDER)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        # One by one: makedirs gives the folders in between the process's default mode.
+        for folder in reversed([Path(path), *Path(path).parents[:3]]):
+            os.makedirs(folder, _PRIVATE_FOLDER, exist_ok=True)
 
 
 _READ_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

@@ -51,6 +51,13 @@ INLINE_BYTES: Final = 1024 * 1024
 TINY_BATCH: Final = 256
 """Small blobs that share a transaction, while they wait together."""
 
+LINGER_SECONDS: Final = 0.25
+"""What is to be written waits so long for more, unless TINY_BATCH blobs or LINGER_BYTES wait: whoever reads small files
+one after the other would have a visit to the thread, and a transaction, for each of them."""
+
+LINGER_BYTES: Final = 4 * 1024 * 1024
+"""Written at once, and what comes meanwhile with it: large files fill the queue in less than LINGER_SECONDS."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -116,6 +123,7 @@ class DiskCache:
         self._came_bytes = 0
         self._left_bytes = 0
         self._has_work = trio.Event()
+        self._has_much = trio.Event()
         self._readers = trio.CapacityLimiter(READ_THREADS)
         self._writer = trio.CapacityLimiter(1)
         self._read_again_at = -1.0
@@ -150,10 +158,12 @@ class DiskCache:
         Raises CacheStalledError when the disk does not answer.
         """
         end = first - (-len(target) // summary.block_size_bytes)
-        if self._tiny is not None and summary.size_bytes <= self._tiny_bytes and self._fill_tiny(summary, target):
+        if self._tiny is not None and len(target) == summary.size_bytes <= self._tiny_bytes:
             await trio.lowlevel.checkpoint()
-            self.stats.disk_hits += end - first
-            return []
+            has_it = self._fill_tiny(summary, target)
+            self.stats.disk_hits += end - first if has_it else 0
+            self.stats.disk_misses += 0 if has_it else end - first
+            return [] if has_it else [(first, end)]
         if trio.current_time() < self._read_again_at:
             await trio.lowlevel.checkpoint()
             self.stats.disk_misses += end - first
@@ -176,7 +186,7 @@ class DiskCache:
         except StateError as exc:
             self._give_up_tiny(exc)
             return False
-        if data is None or len(target) != summary.size_bytes:
+        if data is None:
             return False
         size = summary.block_size_bytes
         blocks = ((index, data[index * size : (index + 1) * size]) for index in range(-(-len(target) // size)))
@@ -239,6 +249,8 @@ class DiskCache:
         self._queue.append(_Write(summary, first, data))
         self._came_bytes += len(data)
         self._has_work.set()
+        if len(self._queue) >= TINY_BATCH or self.queued_bytes >= LINGER_BYTES:
+            self._has_much.set()
 
     def adopt(self, summary: BlobSummary, source: Path) -> None:
         """Take over a staged file that is not needed any more, if it is worth it and there is room; else leave it."""
@@ -272,7 +284,9 @@ class DiskCache:
             await self._in_writer(self._count)
             while True:
                 await self._has_work.wait()
-                self._has_work = trio.Event()
+                with trio.move_on_after(LINGER_SECONDS):
+                    await self._has_much.wait()
+                self._has_work, self._has_much = trio.Event(), trio.Event()
                 await self._in_writer(self._drain)
         finally:
             with trio.CancelScope(deadline=trio.current_time() + FLUSH_SECONDS, shield=True):
@@ -296,8 +310,9 @@ class DiskCache:
             _log.exception("the disk cache is not filled for a while")
 
     def _drain(self) -> None:
-        """Write all that is queued, and what comes meanwhile: a visit to the thread for each would cost more."""
-        while self._queue:
+        """Write all that is queued, and as long as much comes meanwhile, that too."""
+        queued = self._came_bytes
+        while self._queue and (self._left_bytes < queued or self.queued_bytes >= LINGER_BYTES):
             write = self._queue.popleft()
             try:
                 if self._is_tiny(write):

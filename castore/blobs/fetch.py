@@ -11,6 +11,7 @@ from typing import Final
 import trio
 
 from castore.blobs.stats import ReadStats
+from castore.blobs.turns import Room, Turns
 from castore.catalog.reader import CatalogReader
 from castore.catalog.records import GOOD_STATUSES, Blob, FailureReason, LocationStatus
 from castore.digest import Digest, block_checksum
@@ -60,7 +61,8 @@ class _Fetch:
 
     blob: Blob
     first: int
-    target: memoryview
+    room: Room
+    turns: Turns | None
     wanted: list[tuple[int, int]]
     said: list[str] = field(default_factory=list)
     hopeful: list[StorageError] = field(default_factory=list)
@@ -90,10 +92,17 @@ class BlockFetcher:
         self._late_until: dict[str, float] = {}
 
     async def fill(
-        self, blob: Blob, first: int, buffer: bytearray, *, missing: list[tuple[int, int]] | None = None
+        self,
+        blob: Blob,
+        first: int,
+        room: Room,
+        *,
+        turns: Turns | None = None,
+        missing: list[tuple[int, int]] | None = None,
     ) -> str:
-        """Receive the blocks from index `first` on into `buffer`, which ends where a block does. All are checked.
+        """Receive the blocks from index `first` on into `room`, which ends where a block does. All are checked.
 
+        With `turns`, one is waited for at each location, in the line of its backend; without, the room has a buffer.
         With `missing`, runs of blocks (first, end), only these: the others are there. Returns the id of the backend
         that gave the last of them.
 
@@ -107,7 +116,7 @@ class BlockFetcher:
         is over.
         """
         size = blob.summary.block_size_bytes
-        fetch = _Fetch(blob, first, memoryview(buffer), missing or [(first, first + -(-len(buffer) // size))])
+        fetch = _Fetch(blob, first, room, turns, missing or [(first, first + -(-room.size_bytes // size))])
         with trio.move_on_after(FILL_SECONDS):
             backend_id = await self._ask_all(fetch)
             if backend_id is not None:
@@ -125,7 +134,7 @@ class BlockFetcher:
         candidates = self._candidates(fetch.blob, fetch.said)
         fetch.is_nowhere = not candidates and bool(fetch.said)
         good = [backend_id for backend_id, status in candidates if status in GOOD_STATUSES]
-        patience_s = PATIENCE_SECONDS + len(fetch.target) / PATIENCE_BYTES_PER_S
+        patience_s = PATIENCE_SECONDS + fetch.room.size_bytes / PATIENCE_BYTES_PER_S
         while good:
             late: list[str] = []
             for number, backend_id in enumerate(good, 1):
@@ -189,12 +198,25 @@ class BlockFetcher:
         )
 
     async def _receive(self, backend: StorageBackend, fetch: _Fetch) -> None:
+        """As `_receive_now`, when it is its turn."""
+        if fetch.turns is None:
+            await self._receive_now(backend, fetch)
+            return
+        await fetch.turns.enter(backend.backend_id, fetch.room)
+        try:
+            await self._receive_now(backend, fetch)
+        finally:
+            fetch.turns.leave(backend.backend_id, fetch.room)
+
+    async def _receive_now(self, backend: StorageBackend, fetch: _Fetch) -> None:
         """Get the runs of blocks that are wanted into their places. Those whose bytes are wrong stay wanted."""
+        target = fetch.room.target
+        assert target is not None, "it has its turn"
         summary = fetch.blob.summary
         size = summary.block_size_bytes
         bad: list[tuple[int, int]] = []
         for start, end in fetch.wanted:
-            place = fetch.target[(start - fetch.first) * size : (end - fetch.first) * size]
+            place = target[(start - fetch.first) * size : (end - fetch.first) * size]
             self._stats.gets += 1
             await backend.get(summary.digest, offset=start * size, length=len(place), into=place)
             self._stats.fetched_bytes += len(place)

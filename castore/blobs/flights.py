@@ -11,11 +11,13 @@ from typing import Final
 
 import trio
 
+from castore.blobs.buffers import Buffers
 from castore.blobs.cache_files import Runs
 from castore.blobs.disk_cache import CacheStalledError, DiskCache
 from castore.blobs.fetch import BlockFetcher
 from castore.blobs.memory import KnownBlob, Span, SpanMemory
 from castore.blobs.stats import ReadStats
+from castore.blobs.turns import Turns
 from castore.catalog.records import Blob
 from castore.durations import Durations
 from castore.errors import CastoreError, StorageUnavailable
@@ -33,6 +35,9 @@ come to it: with a half, 25 % of it was evicted unread; with a quarter, 5 %."""
 
 _RUNS_MAX: Final = 4
 """Gaps of the disk cache that are sent for one by one. Where there are more, one get brings them and all in between."""
+
+_CACHE: Final = ""
+"""The line of those who look into the disk cache; the others have the ids of backends."""
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +57,8 @@ class Flights:
         self._fetcher = fetcher
         self._cache = cache
         self._nursery: trio.Nursery | None = None
+        self.buffers = Buffers()
+        self._turns = Turns(self.buffers, memory.let_go)
         self._prefetch_bytes = min(PREFETCH_BYTES, memory.max_bytes // _PREFETCH_SHARE)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -70,9 +77,10 @@ class Flights:
 
     def room_bytes(self) -> int:
         """How much may be prefetched now."""
-        if self._nursery is None:
+        if self._nursery is None or self._turns.is_waited_for:
             return 0
-        return max(0, self._prefetch_bytes - self.memory.in_flight_bytes - self.memory.unread_bytes)
+        ahead = self.memory.in_flight_bytes + self.memory.unread_bytes
+        return max(0, min(self._prefetch_bytes - ahead, self._turns.spare_bytes()))
 
     def start(self, blob: Blob, known: KnownBlob, first: int, end: int, *, prefetched: bool) -> Span:
         """Send for the blocks `first` to `end` (exclusive), none of which is in memory or on its way.
@@ -111,21 +119,33 @@ class Flights:
         cache, summary = self._cache, blob.summary
         if cache is None:
             span.fetched = True
-            await self._fetcher.fill(blob, span.first, span.buffer)
+            await self._fetcher.fill(blob, span.first, span, turns=self._turns)
             return
-        try:
-            missing = await cache.fill(summary, span.first, memoryview(span.buffer))
-        except CacheStalledError:
-            span.renew()
-            missing = [(span.first, span.end)]
+        missing = await self._look(cache, blob, span)
         if not missing:
             return
         missing, span.fetched = _few(missing), True
-        backend_id = await self._fetcher.fill(blob, span.first, span.buffer, missing=missing)
+        backend_id = await self._fetcher.fill(blob, span.first, span, turns=self._turns, missing=missing)
         if backend_id not in cache.same_disk:
             for first, end in missing:
                 start, stop = (index * summary.block_size_bytes - span.offset for index in (first, end))
                 cache.keep(summary, first, span.view[start:stop])
+
+    async def _look(self, cache: DiskCache, blob: Blob, span: Span) -> Runs:
+        """Take what the cache has; what is missing."""
+        nothing = [(span.first, span.end)]
+        await self._turns.enter(_CACHE, span)
+        try:
+            assert span.target is not None, "it has its turn"
+            missing = await cache.fill(blob.summary, span.first, span.target)
+        except CacheStalledError:
+            span.target = None  # a thread that hangs may yet write to it
+            return nothing
+        finally:
+            self._turns.leave(_CACHE, span)
+        if missing == nothing:
+            span.target = None  # others need it while this one waits for its turn
+        return missing
 
 
 def _few(runs: Runs) -> Runs:

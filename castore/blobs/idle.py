@@ -7,6 +7,7 @@ from typing import Final
 
 import trio
 
+from castore.blobs.buffers import Buffers
 from castore.blobs.memory import SpanMemory
 from castore.blobs.stats import ReadStats
 
@@ -14,7 +15,7 @@ IDLE_SECONDS: Final = 10.0
 """Without a read for so long, nothing is kept. What was read stays in the kernel's page cache, so little is lost."""
 
 
-async def forget_when_idle(memory: SpanMemory, stats: ReadStats) -> None:
+async def forget_when_idle(memory: SpanMemory, buffers: Buffers, stats: ReadStats) -> None:
     """Drop what is kept after each `IDLE_SECONDS` to twice that without a read, until cancelled."""
     seen = (0, 0)
     while True:
@@ -22,6 +23,7 @@ async def forget_when_idle(memory: SpanMemory, stats: ReadStats) -> None:
         now = (stats.gets, stats.cache_hits)
         if now == seen and memory.kept_bytes:
             memory.clear()
+            buffers.free()
             await trio.to_thread.run_sync(_return_freed_memory)
         seen = now
 

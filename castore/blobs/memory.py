@@ -6,7 +6,6 @@ whole, so what is accounted is what is held: a block never pins a buffer that th
 
 from __future__ import annotations
 
-import ctypes
 from collections import OrderedDict
 from copy import copy
 from typing import Final
@@ -23,11 +22,6 @@ SPAN_OVERHEAD_BYTES: Final = 1800
 """Charged for each span beside its buffer: its objects take 1.8 kB, nearly all that a tiny blob needs."""
 
 
-_new_bytearray: Final = ctypes.pythonapi.PyByteArray_FromStringAndSize
-_new_bytearray.argtypes = (ctypes.c_char_p, ctypes.c_ssize_t)
-_new_bytearray.restype = ctypes.py_object
-
-
 class KnownBlob:
     """The spans of one blob, by each of their block indices; alive while a handle is open or a span is held."""
 
@@ -42,11 +36,11 @@ class KnownBlob:
 class Span:
     """Blocks `first` to `end` (exclusive) of a blob: on their way until `done` is set, then whole or failed.
 
-    Only slices of `view` are given out. The buffer is not used again, so a slice stays true when its span is evicted.
+    It has no buffer until it is its turn to be filled: that is `target` then. Only slices of `view` are given out, and
+    a slice stays true when its span is evicted.
     """
 
     __slots__ = (
-        "buffer",
         "checked_at",
         "done",
         "end",
@@ -55,8 +49,9 @@ class Span:
         "first",
         "known",
         "offset",
+        "size_bytes",
+        "target",
         "unread",
-        "view",
     )
 
     def __init__(self, known: KnownBlob, first: int, end: int, *, prefetched: bool) -> None:
@@ -65,8 +60,8 @@ class Span:
         self.end = end
         self.offset = first * known.block_size
         """Where in the blob the buffer begins, in bytes."""
-        self.buffer = _unfilled(min(end * known.block_size, known.size_bytes) - self.offset)
-        self.view = memoryview(self.buffer).toreadonly()
+        self.size_bytes = min(end * known.block_size, known.size_bytes) - self.offset
+        self.target: memoryview | None = None
         self.done = trio.Event()
         self.error: Exception | None = None
         self.fetched = False
@@ -76,10 +71,11 @@ class Span:
         self.unread = (1 << (end - first)) - 1 if prefetched else 0
         """A bit for each block, the first one lowest, that was prefetched and has not been read."""
 
-    def renew(self) -> None:
-        """Another buffer, while nobody has read this one: a thread that hangs may yet write to the old one."""
-        self.buffer = _unfilled(len(self.buffer))
-        self.view = memoryview(self.buffer).toreadonly()
+    @property
+    def view(self) -> memoryview:
+        """The bytes, once they are there."""
+        assert self.target is not None, "nothing was received yet"
+        return self.target.toreadonly()
 
     def failure(self) -> Exception:
         """The error to raise, another instance for each reader of the flight: raising writes to it."""
@@ -149,6 +145,13 @@ class SpanMemory:
         if span in self._kept:
             self.unread_bytes -= blocks.bit_count() * span.known.block_size
 
+    def let_go(self) -> bool:
+        """Keep the span that was used least lately no longer; False when none is kept."""
+        if not self._kept:
+            return False
+        self.forget(next(iter(self._kept)))
+        return True
+
     def clear(self) -> None:
         """Keep nothing of what has arrived. What readers hold stays true, what is on its way arrives."""
         while self._kept:
@@ -166,15 +169,5 @@ class SpanMemory:
             del span.known.spans[index]
 
 
-def _unfilled(size_bytes: int) -> bytearray:
-    """A buffer with any bytes, which takes memory when it is filled, not before.
-
-    A thousand reads may wait for a backend that hangs: `bytearray(n)` writes zeros, 1 MiB for each of them. It also
-    takes 26 us for that, this 0.3 us (docs.python.org/3/c-api/bytearray.html; without a string nothing is copied).
-    """
-    buffer: bytearray = _new_bytearray(None, size_bytes)
-    return buffer
-
-
 def _cost(span: Span) -> int:
-    return len(span.buffer) + SPAN_OVERHEAD_BYTES
+    return span.size_bytes + SPAN_OVERHEAD_BYTES

@@ -64,6 +64,11 @@ class BlobReader:
         return self._flights.waits
 
     @property
+    def buffer_bytes(self) -> int:
+        """Bytes of all buffers that anybody refers to: on their way, kept, waiting for the disk cache, being taken."""
+        return self._flights.buffers.used_bytes()
+
+    @property
     def ahead_bytes(self) -> int:
         """Bytes on their way, and prefetched ones that are not yet read."""
         return self._memory.in_flight_bytes + self._memory.unread_bytes
@@ -71,7 +76,7 @@ class BlobReader:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Fetch what reads ask for, until cancelled. Before and after it only what is in memory can be read."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(forget_when_idle, self._memory, self.stats)
+            nursery.start_soon(forget_when_idle, self._memory, self._flights.buffers, self.stats)
             if self.cache is not None:
                 nursery.start_soon(self.cache.run)
             if self._siblings is not None:

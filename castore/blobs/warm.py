@@ -31,6 +31,14 @@ _STORE_WAIT_S: Final = 0.1
 
 
 @dataclass(slots=True)
+class _Room:
+    """What a fetcher fills."""
+
+    size_bytes: int
+    target: memoryview | None
+
+
+@dataclass(slots=True)
 class Warmed:
     """How far it is. `done_bytes` are in the cache now, `fetched_bytes` of them were not before."""
 
@@ -84,21 +92,20 @@ class Warmer:
 
     async def _warm(self, blob: Blob, first: int, size_bytes: int) -> None:
         summary, size = blob.summary, blob.summary.block_size_bytes
-        buffer = bytearray(size_bytes)
+        target = memoryview(bytearray(size_bytes))
         try:
-            missing = await self._cache.fill(summary, first, memoryview(buffer))
+            missing = await self._cache.fill(summary, first, target)
         except CacheStalledError:
             raise StateError("the disk of the cache does not answer") from None
         if missing:
             try:
-                await self._fetcher.fill(blob, first, buffer, missing=missing)
+                await self._fetcher.fill(blob, first, _Room(size_bytes, target), missing=missing)
             except BlockUnreadable:
                 self.unreadable.add(blob.blob_id)
                 self.warmed.unreadable = len(self.unreadable)
                 return
-            view = memoryview(buffer)
             for start, end in missing:
-                run = view[(start - first) * size : (end - first) * size]
+                run = target[(start - first) * size : (end - first) * size]
                 await self._store(blob, start, run)
                 self.warmed.fetched_bytes += len(run)
         self.warmed.done_bytes += size_bytes

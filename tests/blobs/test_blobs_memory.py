@@ -168,7 +168,8 @@ async def test_what_changed_in_memory_is_fetched_again(
     assert await file.read(0, len(data)) == data
     span = span_of(file, 3)
     assert (span.first, span.end) == (0, 8)
-    span.buffer[4 * BLOCK - 1] ^= 1
+    assert span.target is not None
+    span.target[4 * BLOCK - 1] ^= 1
     mock_clock.jump(RECHECK_SECONDS)
     assert await file.read(2 * BLOCK, BLOCK) == data[2 * BLOCK : 3 * BLOCK]
     assert await file.read(4 * BLOCK, 4 * BLOCK) == data[4 * BLOCK :]

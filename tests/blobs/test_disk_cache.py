@@ -5,16 +5,18 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from castore.blobs.cache_files import SEGMENT_BYTES, CacheFiles, CacheWriter
 from castore.blobs.cache_room import EVICT_TO, FULL_AT, CacheRoom
-from castore.blobs.disk_cache import QUEUE_BYTES, DiskCache
+from castore.blobs.disk_cache import LINGER_BYTES, QUEUE_BYTES, TINY_BATCH, DiskCache
 from castore.blobs.reader import BlobReader
 from castore.catalog.records import Blob
 from castore.catalog.tiny import TinyBlobs
@@ -254,6 +256,54 @@ async def test_a_full_queue_drops_and_never_waits(world: World, tmp_path: Path) 
         cache.keep(blob.summary, 0, data)
     assert cache.queued_bytes == QUEUE_BYTES
     assert cache.stats.disk_dropped == 10
+
+
+# what waits for more
+
+
+class NotingTiny(TinyBlobs):
+    """Notes how many blobs each transaction has."""
+
+    batches: list[int]
+
+    def put(self, blobs: Iterable[tuple[Digest, bytes]]) -> None:
+        batch = list(blobs)
+        self.batches.append(len(batch))
+        super().put(batch)
+
+
+async def test_small_blobs_wait_for_others_and_share_a_transaction(world: World, tmp_path: Path) -> None:
+    tiny = NotingTiny(tmp_path / "tiny.db", LARGE)
+    tiny.batches = []
+    files = CacheFiles(tmp_path / "cache")
+    files.prepare()
+    cache = DiskCache(files, LARGE, tiny=tiny, tiny_bytes=8192)
+    blobs = [await world.add(os.urandom(16)) for _ in range(TINY_BATCH + 8)]
+    async with reading(world, cache) as reader:
+        for blob in blobs[:8]:
+            await reader.open(blob).read(0, 16)
+            await trio.sleep(0.001)  # as long as a request takes
+        await until(lambda: cache.queued_bytes == 0)
+        assert len(tiny.batches) <= 2, tiny.batches
+        for blob in blobs[8:]:
+            await reader.open(blob).read(0, 16)
+    assert sum(tiny.batches) == len(blobs)
+    assert max(tiny.batches) <= TINY_BATCH
+    assert len(tiny.batches) <= 6, tiny.batches
+    cache.close()
+
+
+async def test_what_is_much_does_not_wait(world: World, tmp_path: Path, mock_clock: trio.testing.MockClock) -> None:
+    """The clock stands still: nothing is written because it has waited long enough."""
+    blob = await world.add(os.urandom(LINGER_BYTES))
+    cache = cache_at(tmp_path / "cache")
+    async with reading(world, cache) as reader:
+        await reader.open(blob).read(0, LINGER_BYTES)
+        deadline = time.monotonic() + 20
+        while cache.queued_bytes:
+            assert time.monotonic() < deadline, "it waits"
+            await trio.lowlevel.checkpoint()
+    assert cache.stats.disk_written_bytes == LINGER_BYTES
 
 
 # small blobs
