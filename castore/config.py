@@ -18,6 +18,7 @@ from typing import Any, Final
 import platformdirs
 
 from castore.config_backends import BackendSettings, LocalSettings, S3Settings, parse_backends
+from castore.config_events import EventSettings, parse_events
 from castore.config_values import Table, suggestion
 from castore.digest import SHA256_BLOCKS, XXH3
 from castore.errors import ConfigError
@@ -29,6 +30,7 @@ __all__ = [
     "BackendSettings",
     "CacheSettings",
     "Config",
+    "EventSettings",
     "HttpSettings",
     "IngestSettings",
     "LocalSettings",
@@ -155,6 +157,7 @@ class Config:
     backends: Mapping[str, BackendSettings]
     routing: RoutingSettings
     http: HttpSettings
+    events: EventSettings
     source: Path | None
 
     @property
@@ -233,7 +236,7 @@ def _default_values() -> dict[str, Any]:
 def parse_config(values: Mapping[str, Any], *, source: Path | None) -> Config:
     """The configuration that the parsed TOML `values` mean. Raises ConfigError as `load_config` does."""
     file = source if source is not None else Path("built-in defaults")
-    top = Table(values, name="", file=file, known=("store", "cache", "ingest", "backends", "routing", "http"))
+    top = Table(values, name="", file=file, known=("store", "cache", "ingest", "backends", "routing", "http", "events"))
     store = top.table("store", ("state_dir",))
     cache = top.table(
         "cache", ("dir", "max_bytes", "same_disk", "seed", "tiny_bytes", "tiny_max_bytes", "prefetch_siblings")
@@ -254,6 +257,7 @@ def parse_config(values: Mapping[str, Any], *, source: Path | None) -> Config:
         backends=MappingProxyType(backends),
         routing=_routing(top, tuple(backends)),
         http=_http(top),
+        events=parse_events(top),
         source=source,
     )
     _check_places(config, file)

@@ -28,6 +28,7 @@
     │   └── FormatError             a manifest that does not follow docs/FORMAT.md
     ├── BlockUnreadable             no location gives good bytes for a block
     │   └── NotConfigured           all locations are in backends that the configuration lacks
+    ├── DeliveryError         (t)   a sink did not take events
     ├── DeadlineExceeded      (t)   an operation took longer than it may
     └── StorageError                all that leaves a storage backend
         ├── ObjectMissing           no object under that digest
@@ -189,6 +190,16 @@ class BlockUnreadable(CastoreError):
 
 class NotConfigured(BlockUnreadable):
     """All locations of the blob are in backends that the configuration lacks: said once, at the start of a mount."""
+
+
+class DeliveryError(CastoreError):
+    """A sink did not take events. `retry_after_seconds` is how long it asks to be left alone, 0 when it does not."""
+
+    temporary = True
+
+    def __init__(self, message: str, *, retry_after_seconds: float = 0) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class DeadlineExceeded(CastoreError):

@@ -15,6 +15,7 @@ import trio
 
 from castore.api.control import serve_control
 from castore.api.counts import CatalogCounts
+from castore.api.deliveries import Deliveries
 from castore.api.health import HealthDocument, queue_state
 from castore.api.http_api import HttpApi
 from castore.api.http_server import open_listener, serve_http, url_of
@@ -52,6 +53,9 @@ log = logging.getLogger(__name__)
 STOP_SECONDS: Final = 20.0
 """A signal lets puts go on for so long, unless a second one comes; with the unmount it stays below the 30 s that are
 promised. What is not stored by then stays staged."""
+
+_REDELIVER_SECONDS: Final = 60.0
+"""After a catalog that cannot be read, or worse."""
 
 _OPTIONS: Final = frozenset(
     {"allow_other", "allow_root", "ro", "rw", "nosuid", "suid", "nodev", "dev", "noexec", "exec"}
@@ -165,6 +169,7 @@ class Daemon:
             catalog_path=config.store.catalog_path,
             probes=probes,
             queue=lambda: None if ingest is None else queue_state(ingest),
+            events=config.events,
         )
         self._health.notices += notices
         self._sources = Sources(
@@ -221,6 +226,7 @@ class Daemon:
     async def _start_writing(self, nursery: trio.Nursery, ingest: Ingest) -> None:
         """All that only the writing mount of a state directory does."""
         nursery.start_soon(self._serve_http)
+        nursery.start_soon(self._deliver_events)
         nursery.start_soon(ingest.run)
         for settings in self._config.backends.values():
             nursery.start_soon(partial(sweep_always, settings, is_wanted=ingest.leftovers.is_wanted))
@@ -347,6 +353,17 @@ class Daemon:
         except Exception:
             log.exception("the HTTP API failed unexpectedly; this mount goes on without it")
             self._health.notices.append("the HTTP API failed unexpectedly: the log says more")
+
+    async def _deliver_events(self) -> None:
+        """Events to whom they are for, and old ones away. The mount does without it when it fails."""
+        while True:
+            try:
+                await Deliveries(self._config, self._writer).run()
+            except StateError as exc:
+                log.error("events are not delivered: %s; tried again in %g s", exc, _REDELIVER_SECONDS)
+            except Exception:
+                log.exception("delivering events failed unexpectedly; tried again in %g s", _REDELIVER_SECONDS)
+            await trio.sleep(_REDELIVER_SECONDS)
 
     async def _make_status(self) -> dict[str, Any]:
         return await self._status.make()

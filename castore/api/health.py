@@ -8,7 +8,8 @@ Its form is that of `application/health+json` (draft-inadarei-api-health-check-0
 - warn: other failed locations, other backends that cannot be reached; a location that was neither verified nor stored
   for VERIFY_WITHIN_DAYS; staging nearly full; puts that failed; versions of ingest/ that
   nobody changes or publishes; whatever the backends warn of; something castore
-  relies on that a backend's last probe did not find.
+  relies on that a backend's last probe did not find; events that wait to be delivered for over EVENTS_BEHIND_SECONDS,
+  or expired before they could be.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ import trio
 from castore import __version__
 from castore.api.probes import BackendProbes, Probe
 from castore.catalog.condition import ConditionReader, FailedLocations
+from castore.catalog.delivery import Delivery, DeliveryReader, Waiting
 from castore.catalog.records import StoredProbe
+from castore.config_events import EventSettings
 from castore.errors import StateError
 from castore.registry.probing import consequences
 
@@ -38,6 +41,8 @@ STAGING_NEARLY_FULL: Final = 0.9
 """Part of `ingest.staging_max_bytes`: leaves time to react before writers meet `no space left on device`."""
 EXPIRED_NAMED: Final = 20
 """Versions that a check names; `castore status` names all."""
+EVENTS_BEHIND_SECONDS: Final = 300.0
+"""For so long an event waits for a receiver that restarts; longer, somebody should look."""
 ANSWER_SECONDS: Final = 1.0
 """A document this young is given again."""
 
@@ -81,6 +86,8 @@ class _Facts:
     sole_backends: frozenset[str]
     sole_packages: tuple[str, ...]
     probed: tuple[StoredProbe, ...]
+    deliveries: tuple[tuple[str, Delivery | None, Waiting], ...]
+    """Each sink of the configuration: how far it is, and what waits for it."""
 
 
 class HealthDocument:
@@ -90,9 +97,15 @@ class HealthDocument:
     """
 
     def __init__(
-        self, *, catalog_path: Path, probes: BackendProbes, queue: Callable[[], QueueState | None] = lambda: None
+        self,
+        *,
+        catalog_path: Path,
+        probes: BackendProbes,
+        queue: Callable[[], QueueState | None] = lambda: None,
+        events: EventSettings | None = None,
     ) -> None:
         self.notices: list[str] = []
+        self._events = events
         self._catalog_path = catalog_path
         self._probes = probes
         self._queue = queue
@@ -113,7 +126,7 @@ class HealthDocument:
         checks: dict[str, list[dict[str, Any]]] = {}
         facts: _Facts | None = None
         try:
-            facts = await trio.to_thread.run_sync(_look, self._catalog_path, frozenset(probes), reachable)
+            facts = await trio.to_thread.run_sync(_look, self._catalog_path, frozenset(probes), reachable, self._events)
             checks["catalog:responseTime"] = [_check("pass", facts.duration_ms, "ms", componentType="datastore")]
         except StateError as exc:
             checks["catalog:responseTime"] = [_check("fail", output=str(exc), componentType="datastore")]
@@ -127,6 +140,9 @@ class HealthDocument:
             checks["backend:verificationAge"] = [_age_check(*item) for item in facts.oldest_ns.items()]
             checks["locations:failed"] = [_failed_check(facts.failed)]
             checks["blobs:unreadable"] = [_unreadable_check(facts.failed)]
+            if facts.deliveries and self._events is not None:
+                keep_ns = round(self._events.keep_seconds * 10**9)
+                checks["events:delivery"] = [_delivery_check(*item, keep_ns) for item in facts.deliveries]
         queue = self._queue()
         if queue is not None:
             checks["staging:utilization"] = [_staging_check(queue)]
@@ -144,7 +160,7 @@ class HealthDocument:
         return document | ({"serviceId": facts.catalog_id} if facts else {})
 
 
-def _look(path: Path, configured: frozenset[str], reachable: frozenset[str]) -> _Facts:
+def _look(path: Path, configured: frozenset[str], reachable: frozenset[str], events: EventSettings | None) -> _Facts:
     """Ask the catalog, on a connection of its own. Raises StateError."""
     started = time.perf_counter()
     with ConditionReader(path) as reader:
@@ -162,7 +178,21 @@ def _look(path: Path, configured: frozenset[str], reachable: frozenset[str]) -> 
             sole_packages=tuple(sorted(alone)),
             probed=tuple(probe for backend_id, probe in reader.probes().items() if backend_id in configured),
             duration_ms=round((time.perf_counter() - started) * 1000, 1),
+            deliveries=_look_at_deliveries(path, events),
         )
+
+
+def _look_at_deliveries(path: Path, events: EventSettings | None) -> tuple[tuple[str, Delivery | None, Waiting], ...]:
+    if events is None or not events.sinks:
+        return ()
+    with DeliveryReader(path) as reader:
+        known = reader.deliveries()
+        found = []
+        for name, sink in events.sinks.items():
+            delivery = known.get(name)
+            begin = reader.last_sequence() if sink.begin == "newest" else 0
+            found.append((name, delivery, reader.waiting(begin if delivery is None else delivery.sequence)))
+    return tuple(found)
 
 
 def _check(status: str, value: Any = None, unit: str = "", *, output: str = "", **more: Any) -> dict[str, Any]:
@@ -239,6 +269,25 @@ def _unreadable_check(failed: FailedLocations) -> dict[str, Any]:
         said.append(f"{failed.cut_off_count} have one only in a backend that cannot be reached")
     return _check(
         "fail" if count else "pass", count, "blobs", output="; ".join(said), packages=list(failed.lost_packages)
+    )
+
+
+def _delivery_check(name: str, delivery: Delivery | None, waiting: Waiting, keep_ns: int) -> dict[str, Any]:
+    """A sink; what is lost is said for as long as events are kept."""
+    now = time.time_ns()
+    said = []
+    if waiting.count and now - waiting.oldest_ns > EVENTS_BEHIND_SECONDS * 10**9:
+        error = delivery.error if delivery is not None else ""
+        said.append(error or "no process delivers events: mount, or run `castore events --deliver`")
+    if delivery is not None and delivery.lost_count and now - delivery.lost_at_ns < keep_ns:
+        said.append(f"{delivery.lost_count} events expired before they could be delivered")
+    return _check(
+        "warn" if said else "pass",
+        waiting.count,
+        "events",
+        output="; ".join(said),
+        componentId=name,
+        componentType="component",
     )
 
 

@@ -100,6 +100,7 @@ class HttpApi:
             return problem(HTTPStatus.BAD_REQUEST, str(exc))
         with closing(await trio.to_thread.run_sync(EventReader, self._catalog_path)) as reader:
             source = reader.catalog_id()
+            first = reader.first_sequence()
             try:
                 start = parse_start(reader, request.query.get("since", "0"))
             except ValueError:
@@ -120,7 +121,8 @@ class HttpApi:
         return _json(
             [document(stored, source) for stored in found],
             media_type="application/cloudevents-batch+json",
-            headers={"Castore-Next-Since": str(after)},
+            # Whoever asks for events behind an earlier one than before this has missed some.
+            headers={"Castore-Next-Since": str(after), "Castore-First-Kept": str(first)},
         )
 
 

@@ -37,8 +37,14 @@ class EventReader(CatalogReader):
         return bool(version != known)
 
     def last_sequence(self) -> int:
-        """The sequence of the newest event, 0 when there is none."""
-        return int(self._one("SELECT coalesce(max(sequence), 0) FROM events")[0])
+        """The sequence of the newest event that there ever was, 0 when there was none."""
+        row = self._one("SELECT seq FROM sqlite_sequence WHERE name = 'events'")
+        return 0 if row is None else int(row[0])
+
+    def first_sequence(self) -> int:
+        """The sequence of the oldest event that is kept; when there is none, that of the next one to come."""
+        row = self._one("SELECT min(sequence) FROM events")
+        return self.last_sequence() + 1 if row[0] is None else int(row[0])
 
     def events_after(
         self, after: int, limit: int, *, event_type: str = "", since_ns: int = 0

@@ -32,7 +32,7 @@ from typing import Final
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 """`PRAGMA user_version` of a catalog that has every migration below."""
 
 catalog_migrations = Migrations("castore.catalog")
@@ -196,6 +196,26 @@ _TABLES_4: Final = (
 @catalog_migrations(name="0004_order_of_verification")
 def _fourth(db: Database) -> None:
     for statement in _TABLES_4:
+        db.execute(statement)
+
+
+_TABLES_5: Final = (
+    # How far the events were delivered to each sink of the configuration that is not just a reader.
+    """CREATE TABLE event_deliveries (
+        sink TEXT PRIMARY KEY,                -- 'file' or 'webhook'
+        sequence INTEGER NOT NULL,            -- all events up to this one were delivered, were not wanted, or are lost
+        delivered_at_ns INTEGER NOT NULL,     -- when an attempt last succeeded; 0 for never
+        failing_since_ns INTEGER NOT NULL,    -- the first attempt that failed since; 0 for none
+        error TEXT NOT NULL,                  -- why the last attempt failed; '' if it did not
+        lost_count INTEGER NOT NULL,          -- events that expired before they could be delivered
+        lost_at_ns INTEGER NOT NULL           -- when the last of these did; 0 for never
+    ) WITHOUT ROWID""",
+)
+
+
+@catalog_migrations(name="0005_event_deliveries")
+def _fifth(db: Database) -> None:
+    for statement in _TABLES_5:
         db.execute(statement)
 
 

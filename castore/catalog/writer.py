@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
 import trio
 
-from castore.catalog import retiring
+from castore.catalog import delivery, retiring
 from castore.catalog.connection import open_writer, sqlite_errors
 from castore.catalog.records import GOOD_STATUSES, FailureReason, LocationStatus, StoredProbe
 from castore.catalog.uses import packages_of
@@ -342,6 +342,32 @@ class Transaction:
             "INSERT INTO events (event_id, type, subject, time_ns, data) VALUES (?, ?, ?, ?, ?)",
             [(event.event_id, event.type, event.subject, event.time_ns, data_json(event)) for event in events],
         )
+
+    # delivering them: see `castore.catalog.delivery`
+
+    def begin_delivery(self, sink: str, sequence: int) -> None:
+        """Make a sink's row, unless it has one."""
+        delivery.begin_delivery(self._execute, sink, sequence)
+
+    def set_delivered(self, sink: str, sequence: int) -> None:
+        """All up to `sequence` is delivered to a sink."""
+        delivery.set_delivered(self._execute, sink, sequence, time.time_ns())
+
+    def set_failing(self, sink: str, error: str) -> None:
+        """The last attempt to deliver to a sink failed."""
+        delivery.set_failing(self._execute, sink, error, time.time_ns())
+
+    def keep_deliveries(self, sinks: Collection[str]) -> None:
+        """Forget all other sinks."""
+        delivery.keep_deliveries(self._execute, sinks)
+
+    def give_up_events(self, upto: int, wanted: Mapping[str, Callable[[str], bool]]) -> dict[str, int]:
+        """No sink waits for events up to `upto` any more; how many each of them loses by it."""
+        return delivery.give_up(self._execute, upto, wanted, time.time_ns())
+
+    def prune_events(self, upto: int) -> int:
+        """Take away the oldest some thousand events up to `upto` that every sink has; how many there were."""
+        return delivery.prune_events(self._execute, upto)
 
 
 class CatalogWriter:

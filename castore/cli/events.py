@@ -1,4 +1,4 @@
-"""`castore events`: prints stored events, and those that come. Stores and delivers none."""
+"""`castore events`: prints stored events, and those that come; or delivers them, in the place of a writing mount."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from castore.cli import events_deliver
 from castore.cli.output import format_time_ns, json_line, printable
 from castore.cli.session import Session, common_options
 from castore.errors import ConfigError
@@ -31,14 +32,24 @@ _PAGE_EVENTS: Final = 500
 )
 @click.option("--follow", is_flag=True, help="Go on with events as they come, until interrupted.")
 @click.option("--type", "event_type", metavar="TYPE", default="", help="Only events of this type.")
+@click.option(
+    "--deliver",
+    is_flag=True,
+    help="Print none, and deliver what waits to [events.file] and [events.webhook], as a writing mount does by itself.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one CloudEvents document in a line for each event.")
 @common_options
 @click.pass_obj
-def command(session: Session, since: str | None, follow: bool, event_type: str, as_json: bool) -> None:
-    """Show what happened, in order: packages published, locations verified or failed."""
+def command(session: Session, since: str | None, follow: bool, event_type: str, deliver: bool, as_json: bool) -> None:
+    """Show what happened, in order: packages published, locations stored, verified or failed."""
     from castore.api.event_feed import document
     from castore.catalog.event_log import EventReader
 
+    if deliver:
+        if since is not None or event_type:
+            raise click.UsageError("--deliver goes on where it was: --since and --type are not for it.")
+        events_deliver.deliver(session.config(), follow=follow, as_json=as_json)
+        return
     with EventReader(session.config().store.catalog_path) as reader:
         source = reader.catalog_id()
         for stored in _read(reader, _start(reader, since, follow), event_type, follow):
@@ -66,6 +77,11 @@ def _read(reader: EventReader, start: Start, event_type: str, follow: bool) -> I
         if reader.has_news():
             found = None
             while found is None or len(found) == _PAGE_EVENTS:
+                # Looked at first: what goes between the two is in the page, or told of the next time.
+                first = reader.first_sequence()
+                if after and first > after + 1:
+                    click.echo(f"events {after + 1} to {first - 1} are not kept any more (events.keep)", err=True)
+                    after = first - 1
                 found, after = reader.events_after(after, _PAGE_EVENTS, event_type=event_type, since_ns=start.since_ns)
                 yield from found
         if not follow:

@@ -86,6 +86,26 @@ default = "local"
 
 [http]
 # listen = "127.0.0.1:8750"
+
+[events]
+# keep = "90d"                    # how long events stay in the catalog
+
+# [events.file]                   # deliver events to a file, one JSON document in a line
+# path = "/var/log/castore/events.jsonl"
+# rotate_bytes = "64MiB"          # then it is set aside as events.jsonl.1, and so on
+# rotate_keep = 8                 # how many of those are kept
+# types = ["*"]                   # shell-style patterns of the types wanted
+# begin = "oldest"                # where a new one begins: with all that is kept, or "newest": with what comes
+
+# [events.webhook]                # deliver events by HTTP
+# url = "https://hooks.example.internal/castore"
+# secret_ref = "file:/run/secrets/castore_webhook"     # env:NAME or file:PATH, never the secret itself
+# types = ["v1.package.*", "v1.storage.location_failed"]
+# begin = "oldest"
+# timeout = "10s"                 # for one attempt
+# retry_max = "5min"              # the longest wait between two attempts
+# batch_events = 100              # events in one request, at most
+# ca_bundle = "/etc/castore/authorities.pem"          # to trust instead of the host's
 """
 
 

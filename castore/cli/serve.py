@@ -58,7 +58,7 @@ async def _serve(config: Config, http: HttpSettings, as_json: bool) -> None:
         counts = CatalogCounts(config.store.catalog_path)
         sources = Sources(
             catalog_path=config.store.catalog_path,
-            health=HealthDocument(catalog_path=config.store.catalog_path, probes=probes),
+            health=HealthDocument(catalog_path=config.store.catalog_path, probes=probes, events=config.events),
             probes=probes,
             counts=counts,
             backend_types={backend_id: settings.backend_type for backend_id, settings in config.backends.items()},

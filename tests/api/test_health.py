@@ -10,11 +10,19 @@ from typing import Any, Literal
 import pytest
 import trio
 
-from castore.api.health import STAGING_NEARLY_FULL, VERIFY_WITHIN_DAYS, HealthDocument, QueueState
+from castore.api.health import (
+    EVENTS_BEHIND_SECONDS,
+    STAGING_NEARLY_FULL,
+    VERIFY_WITHIN_DAYS,
+    HealthDocument,
+    QueueState,
+)
 from castore.api.probes import BackendProbes
 from castore.catalog.condition import ConditionReader
 from castore.catalog.records import FailureReason, StoredProbe
+from castore.config_events import EventFileSettings, EventSettings
 from castore.digest import Digest
+from castore.events import PACKAGE_PUBLISHED, Event
 from castore.registry.probing import stored_probe
 from castore.storage.spi import Finding, ProbeReport, StorageBackend
 from tests.published import PublishedStore, numbered_files
@@ -29,11 +37,14 @@ def look(store: PublishedStore, nursery: trio.Nursery) -> Look:
     """Makes a document as a program that has just started does; backends and queue may be given."""
 
     async def look(
-        queue: QueueState | None = None, backends: dict[str, StorageBackend] | None = None, notice: str = ""
+        queue: QueueState | None = None,
+        backends: dict[str, StorageBackend] | None = None,
+        notice: str = "",
+        events: EventSettings | None = None,
     ) -> dict[str, Any]:
         probes = BackendProbes(store.backends if backends is None else backends)
         await nursery.start(probes.run)
-        health = HealthDocument(catalog_path=store.catalog_path, probes=probes, queue=lambda: queue)
+        health = HealthDocument(catalog_path=store.catalog_path, probes=probes, queue=lambda: queue, events=events)
         health.notices += [notice] if notice else []
         return await health.make()
 
@@ -326,3 +337,48 @@ async def test_a_probe_of_a_backend_that_is_gone(store: PublishedStore, look: Lo
     document = await look()
     assert document["status"] == "pass"
     assert "backend:probe" not in document["checks"]
+
+
+def package_published(age_seconds: float) -> Event:
+    data = {
+        "name": "p",
+        "version": "1",
+        "producer": "tests",
+        "retention_class": "standard",
+        "publisher_uid": 0,
+        "backend_ids": ["first"],
+        "file_count": 1,
+        "size_bytes": 0,
+        "manifest_digest": f"manifest-sha256:{'0' * 64}",
+    }
+    time_ns = time.time_ns() - round(age_seconds * 10**9)
+    return Event(type=PACKAGE_PUBLISHED, subject="p/1", data=data, time_ns=time_ns)
+
+
+async def test_events_that_are_not_delivered(store: PublishedStore, look: Look) -> None:
+    events = EventSettings(keep_seconds=86_400, file=EventFileSettings(path=store.root / "events"))
+    assert "events:delivery" not in (await look(events=EventSettings(keep_seconds=86_400)))["checks"]
+    assert not_passing(await look(events=events)) == {}
+    store.write(lambda transaction: transaction.add_event(package_published(EVENTS_BEHIND_SECONDS - 60)))
+    document = await look(events=events)
+    (check,) = document["checks"]["events:delivery"]
+    assert (check["status"], check["observedValue"], check["componentId"]) == ("pass", 1, "file"), "it may still come"
+    store.write(lambda transaction: transaction.begin_delivery("file", 1))
+    waiting = [package_published(EVENTS_BEHIND_SECONDS + 60), package_published(1)]
+    store.write(lambda transaction: transaction.add_events(waiting))
+    said = "no process delivers events: mount, or run `castore events --deliver`"
+    document = await look(events=events)
+    assert (document["status"], not_passing(document)) == ("warn", {"events:delivery/file": ("warn", said)})
+    assert document["checks"]["events:delivery"][0]["observedValue"] == 2
+    store.write(lambda transaction: transaction.set_failing("file", "events: No space left on device"))
+    assert not_passing(await look(events=events)) == {
+        "events:delivery/file": ("warn", "events: No space left on device")
+    }
+    store.write(lambda transaction: transaction.set_delivered("file", 3))
+    assert not_passing(await look(events=events)) == {}
+    store.write(lambda transaction: transaction.add_event(package_published(1)))
+    store.write(lambda transaction: transaction.give_up_events(4, {"file": lambda _: True}))
+    said = "1 events expired before they could be delivered"
+    assert not_passing(await look(events=events)) == {"events:delivery/file": ("warn", said)}
+    store.execute("UPDATE event_deliveries SET lost_at_ns = lost_at_ns - ?", 2 * DAY_NS)
+    assert not_passing(await look(events=events)) == {}, "that is long ago"

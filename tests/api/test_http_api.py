@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from urllib.parse import quote
 
 import pytest
 import trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from castore.api.http_api import EVENTS_MAX, HttpApi
 from tests.api.http_client import Served, start
@@ -70,6 +74,52 @@ async def test_an_unknown_path(served: Served) -> None:
         answer.json()["detail"]
         == "there are /, /style.css, /page.js, /icon.svg, /health, /livez, /readyz, /metrics, /v1/events"
     )
+
+
+@pytest.mark.parametrize("place", ["local"], indirect=True)
+async def test_any_question_is_answered_in_one_way_or_the_other(served: Served, store: PublishedStore) -> None:
+    """Whatever the parameters are: 200 with events, or 400 with what is wrong; never 500, a log line or a hang."""
+    await add_events(store, 1, 2, 3)
+    caller = await served.connect()
+    answered: Counter[int] = Counter()
+    async with caller.stream:
+        for query in questions():
+            with trio.fail_after(60):
+                answer = await caller.get(f"/v1/events?{query}")
+            answered[answer.status] += 1
+            assert answer.status in (200, 400), query
+            if answer.status == 200:
+                assert {event["type"] for event in answer.json()} <= {"v1.package.published"}
+                assert int(answer.headers["castore-next-since"]) >= 0
+                assert answer.headers["castore-first-kept"] == "1"
+            else:
+                assert "\n" not in answer.json()["detail"]
+    assert min(answered[200], answered[400]) > 100
+
+
+def questions() -> list[str]:
+    """Queries that are drawn anew each time from what others got wrong: numbers, times, escapes, and nonsense."""
+    made: list[str] = []
+    numbers = st.integers(-(2**70), 2**70).map(str) | st.integers(0, 4).map(str)
+    times = st.datetimes().map(lambda each: each.isoformat()) | st.from_regex(r"[0-9]{1,25}(\.[0-9]+)?[a-z]{0,3}")
+    texts = st.text(max_size=12) | st.sampled_from(["", "\0", "²", "१", "1e9", "nan", "-0", "0x1", " 1", "9" * 400])
+    quoted = (numbers | times | texts).map(lambda text: quote(text.encode("utf-8", "surrogatepass")))
+    raw = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=12).filter(lambda text: "#" not in text)
+    value = quoted | quoted | raw
+    # A wait that is allowed would be waited for.
+    known = st.tuples(st.sampled_from(["since", "limit", "type", "offset"]), value)
+    waits = st.tuples(
+        st.just("wait"), value.filter(lambda text: text.isascii() and text not in {str(n) for n in range(31)})
+    )
+    pairs = st.lists(known | known | waits, min_size=1, max_size=4)
+
+    @settings(max_examples=600, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(pairs.map(lambda found: "&".join(f"{name}={text}" for name, text in found)) | raw)
+    def draw(query: str) -> None:
+        made.append(query)
+
+    draw()
+    return made
 
 
 async def add_events(store: PublishedStore, *sizes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import select
+import signal
 import subprocess
 import time
 from datetime import UTC, datetime
@@ -146,6 +147,52 @@ def test_follow(cli: Cli, catalog: Path) -> None:
         process.send_signal(2)
         assert process.wait(WAIT_SECONDS) == 130
         assert process.stdout.read() == ""
+
+
+def test_events_that_are_not_kept_any_more(cli: Cli, catalog: Path) -> None:
+    """A reader who is behind is told what it misses, once, and goes on with what there is."""
+    add(catalog, *(published(number) for number in range(1, 6)))
+    forget(catalog, 3)
+    shown = cli("events", "--json", "--since", "1")
+    assert (subjects(shown.stdout), shown.stderr) == (["p/4", "p/5"], f"events 2 to 3 {GONE}")
+    shown = cli("events", "--json")
+    assert (subjects(shown.stdout), shown.stderr) == (["p/4", "p/5"], ""), "all there are"
+    assert cli("events", "--since", "3").stderr == ""
+    forget(catalog, 5)
+    shown = cli("events", "--since", "3")
+    assert (shown.stdout, shown.stderr) == ("", f"events 4 to 5 {GONE}")
+    assert cli("events", "--since", "5").stderr == ""
+    add(catalog, published(6))
+    assert subjects(cli("events", "--json", "--since", "5").stdout) == ["p/6"]
+
+
+def test_follow_while_events_go(cli: Cli, catalog: Path) -> None:
+    add(catalog, published(1), published(2))
+    command = ("events", "--follow", "--since", "1", "--json")
+    with cli.start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert subjects(process.stdout.readline()) == ["p/2"]
+        forget(catalog, 2)
+        add(catalog, published(3))
+        assert subjects(process.stdout.readline()) == ["p/3"]
+        process.send_signal(signal.SIGSTOP)  # it is not looking
+        add(catalog, published(4))
+        forget(catalog, 4)
+        add(catalog, published(5))
+        process.send_signal(signal.SIGCONT)
+        assert subjects(process.stdout.readline()) == ["p/5"]
+        process.send_signal(2)
+        rest, said = process.communicate(timeout=WAIT_SECONDS)
+        assert (rest, said.rstrip()) == ("", f"events 4 to 4 {GONE}".rstrip())
+
+
+GONE = "are not kept any more (events.keep)\n"
+
+
+def forget(catalog: Path, upto: int) -> None:
+    writer = CatalogWriter(catalog)
+    writer.run_sync(lambda transaction: transaction.prune_events(upto))
+    writer.close()
 
 
 def test_follow_begins_with_what_is_new(cli: Cli, catalog: Path) -> None:
