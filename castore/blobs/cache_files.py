@@ -7,6 +7,7 @@ write the same one, so nobody locks, nothing is synced, and what a crash tore is
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import stat
@@ -28,6 +29,11 @@ USE_NOTED_S: Final = 60.0
 
 UNIT_BYTES: Final = 512
 """Of `st_blocks`, whatever the file system's own unit is (stat(2))."""
+
+DIRECT_BYTES: Final = 1024 * 1024
+"""Pieces from here on may go past the page cache: for smaller ones, waiting for the disk costs more than the copy."""
+_SECTOR: Final = 4096
+"""Offsets and lengths of these are multiples of it: of the largest sectors that disks have (open(2), "O_DIRECT")."""
 
 _FOLDER: Final = "blocks"
 _NAME: Final = re.compile(r"[0-9a-f]{64}\.[0-9]{1,19}")
@@ -215,16 +221,40 @@ class CacheWriter:
         self._blocks = files.blocks
         self._name = ""
         self._descriptor = -1
+        self._may_go_past = True
+        """Whether the file system has let writes past its page cache, so far."""
+        self.direct_bytes = 0
+        """Written that way."""
 
-    def write(self, summary: BlobSummary, first: int, data: memoryview) -> None:
-        """Write whole blocks, which are right, from index `first` on. Raises OSError; what was written then stays."""
+    def write(self, summary: BlobSummary, first: int, data: memoryview, *, past_page_cache: bool = False) -> None:
+        """Write whole blocks, which are right, from index `first` on. Raises OSError; what was written then stays.
+
+        With `past_page_cache`, large pieces go to the disk at once, where file system and buffer allow it: for bytes
+        that the kernel keeps for the mount already.
+        """
         size = summary.block_size_bytes
         for name, index, end, offset in _segments(summary, first, len(data)):
             if name != self._name:
                 self.close()
                 self._descriptor = self._open(f"{self._blocks}/{name}")
                 self._name = name
-            _write_all(self._descriptor, data[(index - first) * size : (end - first) * size], offset)
+            piece = data[(index - first) * size : (end - first) * size]
+            is_direct = past_page_cache and self._may_go_past and len(piece) >= DIRECT_BYTES and not offset % _SECTOR
+            done = self._write_direct(piece, offset) if is_direct else 0
+            _write_all(self._descriptor, piece[done:], offset + done)
+            if is_direct and not done:
+                self._may_go_past = False  # a file system without it, or a buffer at an odd place
+
+    def _write_direct(self, data: memoryview, offset: int) -> int:
+        """How many bytes went to the disk; the others are for the page cache, which says why they cannot be written."""
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        done = 0
+        with suppress(OSError):
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+            done = os.pwrite(self._descriptor, data[: len(data) - len(data) % _SECTOR], offset)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags)
+        self.direct_bytes += done
+        return done
 
     def close(self) -> None:
         """Close the last file. Idempotent."""

@@ -373,7 +373,9 @@ class DiskCache:
     def _write(self, write: _Write) -> bool:
         if not self._room.make(len(write.data)):
             return False
-        self._blocks.write(write.summary, write.first, write.data)
+        # A disk that is slower than what comes is helped by memory: what does not fit the queue is not kept.
+        keeps_up = self.queued_bytes <= QUEUE_BYTES // 2
+        self._blocks.write(write.summary, write.first, write.data, past_page_cache=keeps_up)
         return True
 
 
