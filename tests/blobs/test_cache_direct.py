@@ -6,7 +6,6 @@ import mmap
 import os
 import resource
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -26,11 +25,11 @@ def summary_of(data: memoryview) -> BlobSummary:
 
 
 @pytest.fixture
-def buffer() -> Iterator[memoryview]:
+def buffer() -> memoryview:
     """As reads have them: a mapping of its own, so that it begins with a page."""
     mapping = mmap.mmap(-1, SIZE + mmap.PAGESIZE)
     mapping.write(os.urandom(SIZE + mmap.PAGESIZE))
-    yield memoryview(mapping)
+    return memoryview(mapping)
 
 
 def files_in(folder: Path) -> CacheFiles:
