@@ -38,6 +38,7 @@ __all__ = [
     "RoutingSettings",
     "S3Settings",
     "StoreSettings",
+    "VerifySettings",
     "default_cache_dir",
     "default_state_dir",
     "find_config",
@@ -53,6 +54,7 @@ CONFIG_VARIABLE: Final = "CASTORE_CONFIG"
 LISTEN_RULE: Final = '"HOST:PORT" or "[IPV6]:PORT", the port from 0 to 65535'
 
 _KIB: Final = 2**10
+_MIB: Final = 2**20
 _GIB: Final = 2**30
 _TINY_MAX: Final = 64 * _KIB
 """A small blob is copied on the loop."""
@@ -140,6 +142,17 @@ class RoutingSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class VerifySettings:
+    """What the daemon verifies in the background: what was not for `every_seconds` (0: nothing is), in `backends`
+    (none: in all), reading at most `bytes_per_s` altogether.
+    """
+
+    every_seconds: float
+    bytes_per_s: int
+    backends: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class HttpSettings:
     """Where the HTTP API listens; `host` is without brackets, `port` 0 lets the system choose."""
 
@@ -156,6 +169,7 @@ class Config:
     ingest: IngestSettings
     backends: Mapping[str, BackendSettings]
     routing: RoutingSettings
+    verify: VerifySettings
     http: HttpSettings
     events: EventSettings
     source: Path | None
@@ -236,7 +250,8 @@ def _default_values() -> dict[str, Any]:
 def parse_config(values: Mapping[str, Any], *, source: Path | None) -> Config:
     """The configuration that the parsed TOML `values` mean. Raises ConfigError as `load_config` does."""
     file = source if source is not None else Path("built-in defaults")
-    top = Table(values, name="", file=file, known=("store", "cache", "ingest", "backends", "routing", "http", "events"))
+    known = ("store", "cache", "ingest", "backends", "routing", "verify", "http", "events")
+    top = Table(values, name="", file=file, known=known)
     store = top.table("store", ("state_dir",))
     cache = top.table(
         "cache", ("dir", "max_bytes", "same_disk", "seed", "tiny_bytes", "tiny_max_bytes", "prefetch_siblings")
@@ -256,6 +271,7 @@ def parse_config(values: Mapping[str, Any], *, source: Path | None) -> Config:
         ingest=_ingest(top),
         backends=MappingProxyType(backends),
         routing=_routing(top, tuple(backends)),
+        verify=_verify(top, tuple(backends)),
         http=_http(top),
         events=parse_events(top),
         source=source,
@@ -335,6 +351,18 @@ def _backend_id(table: Table, key: str, backend_id: str, backend_ids: tuple[str,
         allowed = f"configured backends ({', '.join(backend_ids)})"
         raise table.refuse(key, allowed + suggestion(backend_id, backend_ids))
     return backend_id
+
+
+def _verify(top: Table, backend_ids: tuple[str, ...]) -> VerifySettings:
+    table = top.table("verify", ("every", "rate", "backends"))
+    backends = table.texts("backends")
+    for backend in backends:
+        _backend_id(table, "backends", backend, backend_ids)
+    return VerifySettings(
+        every_seconds=table.duration("every", "0s", maximum="87600h"),
+        bytes_per_s=table.rate("rate", 20 * _MIB),
+        backends=backends,
+    )
 
 
 def _http(top: Table) -> HttpSettings:

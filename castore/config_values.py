@@ -223,6 +223,18 @@ class Table:
             raise self.refuse(key, SIZE_RULE + bounds)
         return size
 
+    def rate(self, key: str, default: int) -> int:
+        """Bytes in a second, 1 at least."""
+        if key not in self._values:
+            return default
+        value = self._values[key]
+        try:
+            if isinstance(value, str):
+                return parse_rate(value)
+        except ValueError:
+            pass  # as any other value that is none
+        raise self.refuse(key, RATE_RULE)
+
     def duration(self, key: str, default: str, *, minimum: str = "0s", maximum: str) -> float:
         """Seconds from `minimum` to `maximum`, themselves written as durations."""
         value = self._values.get(key, default)

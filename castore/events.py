@@ -16,6 +16,8 @@ LOCATION_VERIFIED: Final = "v1.storage.location_verified"
 """A location was re-read whole and judged, good or bad."""
 LOCATION_FAILED: Final = "v1.storage.location_failed"
 """A read met missing or wrong bytes in a location that counted as good."""
+LOCATION_REPAIRED: Final = "v1.storage.location_repaired"
+"""The right bytes were put over missing or wrong ones, and read back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ from castore.registry.locations import record_bad_read
 from castore.state_lock import take_lock
 from castore.storage.measured import CallStats
 from castore.storage.open import load_backend, open_backend
+from castore.verify.schedule import scrub_always
 from mount import kernel, mountpoint
 from mount.by_digest import ByDigestTree
 from mount.commands import Commands
@@ -202,7 +203,7 @@ class Daemon:
                 await nursery.start(probes.run)
                 await nursery.start(counts.run)
                 if ingest is not None:
-                    await self._start_writing(nursery, ingest)
+                    await self._start_writing(nursery, ingest, blobs)
                 self._mount()
                 nursery.start_soon(self._stop_on_signal)
                 try:
@@ -223,11 +224,21 @@ class Daemon:
             writer.close()
             catalog.close()
 
-    async def _start_writing(self, nursery: trio.Nursery, ingest: Ingest) -> None:
+    async def _start_writing(self, nursery: trio.Nursery, ingest: Ingest, blobs: BlobReader) -> None:
         """All that only the writing mount of a state directory does."""
         nursery.start_soon(self._serve_http)
         nursery.start_soon(self._deliver_events)
         nursery.start_soon(ingest.run)
+        if self._config.verify.every_seconds:
+            nursery.start_soon(
+                partial(
+                    scrub_always,
+                    self._config.verify,
+                    self._config.store.catalog_path,
+                    self._config.backends,
+                    is_busy=lambda: blobs.is_fetching,
+                )
+            )
         for settings in self._config.backends.values():
             nursery.start_soon(partial(sweep_always, settings, is_wanted=ingest.leftovers.is_wanted))
         commands = Commands(

@@ -14,7 +14,7 @@ import platformdirs
 import pytest
 
 import castore
-from castore.config import Config, LocalSettings, S3Settings, load_config
+from castore.config import Config, LocalSettings, S3Settings, VerifySettings, load_config
 from castore.config_values import SecretRef
 from castore.errors import ConfigError
 
@@ -96,6 +96,10 @@ backend = "rgw"
 copies = ["local"]
 [[routing.rules]]
 backend = "local"
+[verify]
+every = "30d"
+rate = "1.5MB/s"
+backends = ["rgw"]
 [http]
 listen = "[::]:0"
 """,
@@ -145,6 +149,7 @@ listen = "[::]:0"
         ("local",),
     )
     assert (second.retention_class, second.producer, second.backend, second.copies) == ("*", "*", "local", ())
+    assert config.verify == VerifySettings(30 * 86400.0, 1_500_000, ("rgw",))
     assert (config.http.host, config.http.port) == ("::", 0)
 
 
@@ -159,6 +164,7 @@ def test_defaults_of_a_file(tmp_path: Path) -> None:
     assert (config.ingest.staging_max_bytes, config.ingest.max_bytes_per_user) == (100 * 2**30, 0)
     assert config.ingest.keep_owner is False
     assert (config.routing.default, config.routing.function, config.routing.rules) == ("local", None, ())
+    assert (config.verify.every_seconds, config.verify.bytes_per_s, config.verify.backends) == (0, 20 * 2**20, ())
     assert (config.http.host, config.http.port) == ("127.0.0.1", 8750)
 
 
@@ -362,6 +368,11 @@ BAD = {
         "'a:b'",
         "not both",
     ),
+    "schedule without a unit": ('[verify]\nevery = "30"\n' + LOCAL, "verify.every", "'30'", 'such as "5s"'),
+    "rate that is a size": ('[verify]\nrate = "20MiB"\n' + LOCAL, "verify.rate", "'20MiB'", '"50MiB/s"'),
+    "rate of nothing": ('[verify]\nrate = "0B/s"\n' + LOCAL, "verify.rate", "'0B/s'", '"50MiB/s"'),
+    "rate that is a number": ("[verify]\nrate = 20\n" + LOCAL, "verify.rate", "20", '"50MiB/s"'),
+    "backend that nobody verifies": ('[verify]\nbackends = ["loca"]\n' + LOCAL, "verify.backends", "loca", "(local)"),
     "listen without a port": ('[http]\nlisten = "localhost"\n' + LOCAL, "http.listen", "'localhost'", '"HOST:PORT"'),
     "port": ('[http]\nlisten = "localhost:65536"\n' + LOCAL, "http.listen", "'localhost:65536'", "0 to 65535"),
     "a date": ("[cache]\nmax_bytes = 2020-01-02\n" + LOCAL, "cache.max_bytes", "2020-01-02", "an integer of bytes"),

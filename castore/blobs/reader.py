@@ -73,6 +73,11 @@ class BlobReader:
         """Bytes on their way, and prefetched ones that are not yet read."""
         return self._memory.in_flight_bytes + self._memory.unread_bytes
 
+    @property
+    def is_fetching(self) -> bool:
+        """Whether bytes are on their way from a backend, asked for or ahead of it."""
+        return self._memory.in_flight_bytes > 0
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Fetch what reads ask for, until cancelled. Before and after it only what is in memory can be read."""
         async with trio.open_nursery() as nursery:

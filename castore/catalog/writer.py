@@ -176,6 +176,31 @@ class Transaction:
         )
         return bool(cursor.rowcount)
 
+    def is_failed(self, digest: Digest, backend_id: str, stored_at_ns: int) -> bool:
+        """Whether a location is failed, and was not put anew after `stored_at_ns`."""
+        row = self._execute(
+            "SELECT 1 FROM storage_locations JOIN blobs USING (blob_id) WHERE digest = ? AND algorithm = ? "
+            "AND backend_id = ? AND status = 'failed' AND stored_at_ns = ?",
+            (digest.raw, digest.algorithm, backend_id, stored_at_ns),
+        ).fetchone()
+        return row is not None
+
+    def repair_location(self, digest: Digest, backend_id: str, seen_stored_at_ns: int) -> bool:
+        """A failed location was put anew and read back: it becomes `verified` and its intent goes.
+
+        False, and it stays as it is, when it changed since `seen_stored_at_ns` or is failed no more.
+        """
+        self.drop_intents([(digest, backend_id)])
+        if not self.is_failed(digest, backend_id, seen_stored_at_ns):
+            return False
+        now = time.time_ns()
+        self._execute(
+            "UPDATE storage_locations SET status = 'verified', reason = '', stored_at_ns = ?, verified_at_ns = ? "
+            "WHERE backend_id = ? AND blob_id = ?",
+            (now, now, backend_id, self.blob_id(digest)),
+        )
+        return True
+
     def packages_of(self, digest: Digest, limit: int) -> tuple[str, ...]:
         """Up to `limit` packages, as NAME/VERSION, that have the blob as a file or as their manifest."""
         return packages_of(self._execute, self.blob_id(digest), limit)

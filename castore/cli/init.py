@@ -84,6 +84,11 @@ default = "local"
 # backend = "remote"
 # copies = ["local"]              # further backends, put before publish returns
 
+[verify]
+# every = "0s"                    # the mount re-reads what was not verified for so long, such as "30d"; "0s": nothing
+# rate = "20MiB/s"                # at most so much in a second, and after those who read
+# backends = []                   # only these; none named: all
+
 [http]
 # listen = "127.0.0.1:8750"
 

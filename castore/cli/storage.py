@@ -10,6 +10,7 @@ import click
 from castore.cli.output import format_bytes, format_time_ns, print_columns, print_json, printable
 from castore.cli.session import Session, common_options, json_option
 from castore.cli.storage_probe import probe
+from castore.cli.storage_repair import repair
 from castore.cli.storage_replicate import replicate
 from castore.cli.storage_retire import retire
 from castore.cli.storage_verify import verify
@@ -30,6 +31,7 @@ def command() -> None:
 
 
 command.add_command(verify)
+command.add_command(repair)
 command.add_command(probe)
 command.add_command(replicate)
 command.add_command(retire)

@@ -9,7 +9,7 @@ from typing import Any, Final
 from castore.catalog.records import FailureReason, LocationStatus
 from castore.catalog.writer import Transaction
 from castore.digest import BlobSummary, Digest
-from castore.events import LOCATION_FAILED, LOCATION_STORED, LOCATION_VERIFIED, Event
+from castore.events import LOCATION_FAILED, LOCATION_REPAIRED, LOCATION_STORED, LOCATION_VERIFIED, Event
 
 PACKAGES_NAMED: Final = 20
 """Packages that an event names at most: enough to act on, and a bound for a blob that is in every package."""
@@ -107,6 +107,38 @@ def record_copy(
     event = _stored_event(digest, backend_id, source_id, size_bytes, packages, duration_ms)
     transaction.add_event(event)
     return event.data
+
+
+def record_repair(
+    transaction: Transaction,
+    digest: Digest,
+    backend_id: str,
+    *,
+    seen_stored_at_ns: int,
+    size_bytes: int,
+    reason: FailureReason,
+    source: str,
+    source_id: str | None,
+    duration_ms: int,
+) -> dict[str, Any] | None:
+    """A failed location got its bytes again, and they were read back: it is `verified`, and its event's data.
+
+    None, and nothing is written, when it was put anew, deleted or judged by others meanwhile.
+    """
+    if not transaction.repair_location(digest, backend_id, seen_stored_at_ns):
+        return None
+    data = {
+        "backend_id": backend_id,
+        "digest": str(digest),
+        "size_bytes": size_bytes,
+        "reason": str(reason),
+        "source": source,
+        "source_backend_id": source_id,
+        "packages": list(transaction.packages_of(digest, PACKAGES_NAMED)),
+        "duration_ms": duration_ms,
+    }
+    transaction.add_event(Event(type=LOCATION_REPAIRED, subject=str(digest), data=data))
+    return data
 
 
 def _stored_event(
