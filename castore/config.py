@@ -72,6 +72,11 @@ class StoreSettings:
         return self.state_dir / "catalog.db"
 
     @property
+    def workspace_path(self) -> Path:
+        """The database of the ingest tree."""
+        return self.state_dir / "staging/workspace.db"
+
+    @property
     def tiny_path(self) -> Path:
         """The database of small blobs: a cache, not worth a backup."""
         return self.state_dir / "tiny.db"

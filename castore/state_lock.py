@@ -12,12 +12,14 @@ from typing import Final, Literal
 
 from castore.errors import StateLocked
 
-Holder = Literal["daemon", "import", "delivery"]
+Holder = Literal["daemon", "import", "delivery", "rebuild", "upgrade"]
 
 _MENDS: Final = {
     "daemon": "unmount it or set another state_dir",
     "import": "wait for its end",
     "delivery": "a writing mount delivers events, or `castore events --deliver` does: one at a time",
+    "rebuild": "wait for its end",
+    "upgrade": "wait for its end",
 }
 _NOTE_BYTES: Final = 64
 

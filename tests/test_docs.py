@@ -10,14 +10,15 @@ import shlex
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import click
 import pytest
+from pysqlite3 import dbapi2 as sqlite3
 
 from castore import errors, events
 from castore.catalog.connection import create_catalog, create_workspace
-from castore.catalog.reader import CatalogReader
 from castore.catalog.records import Kind
 from castore.cli.main import root
 from castore.config_values import parse_duration, parse_size
@@ -42,7 +43,7 @@ NOT_BOUNDS = {
     *("FIRST_INODE", "FIRST_ALLOCATED", "INGEST_ROOT", "ROOT", "PACKAGES", "BY_DIGEST", "BY_DIGEST_ALGORITHM"),
     *("CONTROL", "STATUS_FILE", "HEALTH_FILE", "DIGEST_DIRECTORIES", "DIGEST_FILES"),
     *("SCHEMA_VERSION", "FORMAT_VERSION", "COULD_NOT_RUN", "FOUND_SOMETHING_BAD", "INTERRUPTED", "EIO", "ENOENT"),
-    *("MANY", "PATIENCE_S"),
+    *("MANY", "PATIENCE_S", "LARGEST_INODE"),
 }
 # What the kernel or the staging disk answers by itself, without an error of castore's.
 NOT_OURS = {"ENOTCONN", "EDQUOT", "EFBIG", "ENOMEM"}
@@ -222,8 +223,8 @@ def test_the_manifest_example_is_what_the_code_writes(tmp_path: Path) -> None:
 
 def tables(path: Path) -> set[str]:
     """Of a database, but for those that libraries keep for themselves."""
-    with CatalogReader.open(path) as reader:
-        rows = reader._execute("SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE '%sqlite_%'")
+    with closing(sqlite3.connect(path)) as raw:
+        rows = raw.execute("SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE '%sqlite_%'")
         return {name for (name,) in rows}
 
 

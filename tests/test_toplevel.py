@@ -102,6 +102,8 @@ def test_scripts_are_sound_shell() -> None:
         "rgw start",
         "bench-memory",
         "bench-requests",
+        "disaster-drill",
+        "disaster-drill --packages",
     ],
 )
 def test_scripts_that_are_called_wrongly_say_how_to_in_one_line(words: str) -> None:

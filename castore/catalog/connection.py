@@ -9,7 +9,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
@@ -18,7 +18,9 @@ from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
 from castore.catalog import schema
+from castore.catalog.copy_file import copy_database
 from castore.errors import CatalogBusy, CatalogFull, CatalogTooNew, StateError
+from castore.state_lock import take_lock
 
 if TYPE_CHECKING:
     import sqlite3
@@ -75,6 +77,8 @@ def _connect(path: Path, *, mode: str) -> Database:
     database.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
     database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
     database.execute("PRAGMA foreign_keys = ON")
+    # Nothing in a file that came from elsewhere may call what has side effects.
+    database.execute("PRAGMA trusted_schema = OFF")
     return database
 
 
@@ -88,28 +92,62 @@ def _check_version(database: Database, path: Path, newest: int) -> None:
         raise StateError(f"{path}: is not finished, or of an older castore; run `castore init` to bring it up to date")
 
 
-def open_reader(path: Path) -> Database:
+def _check_kind(database: Database, path: Path, migrations: Migrations) -> None:
+    """Refuse a database that something else made. An empty one may become anything."""
+    execute = database.execute
+    tables = {row[0] for row in execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
+    if not tables:
+        return
+    made = (
+        migrations.migrations_table in tables
+        and execute(
+            f"SELECT 1 FROM {migrations.migrations_table} WHERE migration_set = ?", [migrations.name]
+        ).fetchone()
+    )
+    if not made and not tables <= {migrations.migrations_table}:
+        kind = "catalog" if migrations is schema.catalog_migrations else "workspace"
+        raise StateError(f"{path}: is a database of something else, not a {kind} of castore; give another path")
+
+
+def _check_hooks(database: Database, path: Path) -> None:
+    """Refuse what could answer in the place of a table, or change rows behind one's back."""
+    hook = database.execute("SELECT type, name FROM sqlite_schema WHERE type IN ('trigger', 'view') LIMIT 1").fetchone()
+    if hook is not None:
+        raise StateError(
+            f"{path}: has a {hook[0]} {hook[1]!r}, and castore makes none: whoever made it can change what is read; "
+            "restore a backup"
+        )
+
+
+def open_reader(path: Path, kind: Migrations = schema.catalog_migrations) -> Database:
     """A read-only connection to an existing database; it sees each commit as of its next statement.
 
-    Raises StateError when the file is missing or not a catalog, CatalogTooNew for one from the future.
+    Raises StateError when the file is missing or not one of that kind, CatalogTooNew for one from the future.
     """
-    if not path.exists():
-        raise StateError(f"{path}: there is no catalog; run `castore init`")
-    with sqlite_errors(path):
-        database = _connect(path, mode="ro")
-        database.execute("PRAGMA query_only = ON")
-        _check_version(database, path, schema.SCHEMA_VERSION)
-        return database
+    return _open(path, kind, mode="ro", settings="query_only = ON")
 
 
-def open_writer(path: Path, *, synchronous: str = "FULL") -> Database:
+def open_writer(path: Path, kind: Migrations = schema.catalog_migrations, *, synchronous: str = "FULL") -> Database:
     """A connection that may write, to an existing database. Raises as `open_reader` does."""
+    database = _open(path, kind, mode="rw", settings=f"synchronous = {synchronous}")
+    with sqlite_errors(path):
+        database.execute("PRAGMA journal_mode = WAL")  # a backup that took the catalog's place has no log yet
+    return database
+
+
+def _open(path: Path, kind: Migrations, *, mode: str, settings: str) -> Database:
     if not path.exists():
         raise StateError(f"{path}: there is no catalog; run `castore init`")
     with sqlite_errors(path):
-        database = _connect(path, mode="rw")
-        _check_version(database, path, schema.SCHEMA_VERSION)
-        database.execute(f"PRAGMA synchronous = {synchronous}")
+        database = _connect(path, mode=mode)
+        try:
+            database.execute(f"PRAGMA {settings}")
+            _check_kind(database, path, kind)
+            _check_version(database, path, schema.SCHEMA_VERSION)
+            _check_hooks(database, path)
+        except BaseException:
+            database.close()
+            raise
         return database
 
 
@@ -129,15 +167,64 @@ def open_side_database(path: Path, create: str) -> Database:
         return database
 
 
-def create_catalog(path: Path) -> None:
+def create_catalog(path: Path) -> Path | None:
     """Make the catalog, or bring an older one up to date. Idempotent; its folder must exist.
 
-    Raises CatalogTooNew for one from the future and StateError for a file that is no database.
+    An older one is copied first: the path of the copy is returned, None when there was no need. Nobody writes to the
+    state directory meanwhile. Raises CatalogTooNew for one from the future, StateError for a file that is no database
+    or is not sound, StateLocked, and OSError when there is no room for the copy; then it is as it was.
     """
-    with _migrated(path, schema.catalog_migrations) as database:
+    with _upgrading(path) as copy, _migrated(path, schema.catalog_migrations) as database:
         now = time.time_ns()
         database.execute("INSERT OR IGNORE INTO catalog_info VALUES (1, ?, ?)", [str(uuid.uuid4()), now])
         database.execute("INSERT OR IGNORE INTO sequences VALUES ('inode', ?)", [FIRST_INODE])
+    return copy
+
+
+@contextmanager
+def _upgrading(path: Path) -> Iterator[Path | None]:
+    """Inside, an older catalog may be changed: there is a copy of it, and its state directory is locked."""
+    version = _older_version(path)
+    if not version:
+        yield None
+        return
+    lock = take_lock(path.parent / "run/lock", path.parent, holder="upgrade")
+    try:
+        yield _copy_before(path, version)
+    finally:
+        os.close(lock)
+
+
+def _older_version(path: Path) -> int:
+    """The version of a whole catalog that is older than this castore's; 0 for any other, or none."""
+    if not path.exists():
+        return 0
+    with sqlite_errors(path), closing(_connect(path, mode="ro")) as database:
+        version = int(database.execute("PRAGMA user_version").fetchone()[0])
+        _check_kind(database, path, schema.catalog_migrations)
+    return version if version < schema.SCHEMA_VERSION else 0
+
+
+def _copy_before(path: Path, version: int) -> Path:
+    number = 0
+    while os.path.lexists(copy := path.with_name(f"{path.name}.version-{version}{f'.{number}' if number else ''}")):
+        number += 1
+    with sqlite_errors(path), closing(_connect(path, mode="rw")) as database:
+        database.execute("BEGIN")
+        copy_database(database.conn, copy)
+        database.execute("ROLLBACK")
+    return copy
+
+
+def read_catalog_id(path: Path) -> str | None:
+    """The UUID of a catalog of any version, None for a file that is none."""
+    try:
+        with sqlite_errors(path), closing(_connect(path, mode="ro")) as database:
+            _check_kind(database, path, schema.catalog_migrations)
+            row = database.execute("SELECT catalog_id FROM catalog_info").fetchone()
+    except StateError:
+        return None
+    return None if row is None else str(row[0])
 
 
 def create_workspace(path: Path) -> None:
@@ -153,8 +240,10 @@ def _migrated(path: Path, migrations: Migrations) -> Iterator[Database]:
         database = _connect(path, mode="rwc")
         try:
             version = database.execute("PRAGMA user_version").fetchone()[0]
+            _check_kind(database, path, migrations)
             if version > schema.SCHEMA_VERSION:
                 _check_version(database, path, schema.SCHEMA_VERSION)
+            _check_hooks(database, path)
             database.execute("PRAGMA journal_mode = WAL")
             migrations.apply(database)
             yield database

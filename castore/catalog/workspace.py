@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from castore.catalog.connection import executor, open_reader, open_writer
 from castore.catalog.records import Kind
+from castore.catalog.schema import workspace_migrations
 from castore.digest import BlobSummary, Digest
 
 _NODE: Final = (
@@ -87,7 +88,8 @@ class WorkspaceStore:
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
         self._read_only = read_only
-        self._database = open_reader(path) if read_only else open_writer(path, synchronous="NORMAL")
+        kind = workspace_migrations
+        self._database = open_reader(path, kind) if read_only else open_writer(path, kind, synchronous="NORMAL")
         self._execute = executor(self._database.conn, path)
         self._depth = 0
         self._nodes: dict[int, Node] = {}
@@ -199,6 +201,18 @@ class WorkspaceStore:
             "SELECT name FROM names WHERE inode = ? OR latest_inode = ?", (packages_inode, packages_inode)
         ).fetchone()
         return None if row is None else str(row[0])
+
+    def all_names(self) -> dict[str, tuple[int, int]]:
+        """NAME -> (inode, latest_inode) that packages/NAME has, for every NAME of ingest/."""
+        return {row[0]: (row[1], row[2]) for row in self._execute("SELECT name, inode, latest_inode FROM names")}
+
+    def largest_number(self) -> int:
+        """The largest inode or cookie that is given out, 0 for none."""
+        row = self._execute(
+            "SELECT max(coalesce((SELECT max(inode) FROM nodes), 0), coalesce((SELECT max(link_id) FROM links), 0), "
+            "coalesce((SELECT max(max(inode, latest_inode)) FROM names), 0))"
+        ).fetchone()
+        return int(row[0])
 
     def take_staged(self, limit: int) -> list[tuple[int, int, BlobSummary]]:
         """Mark up to `limit` staged files `uploading`; returns (inode, version_inode, summary) of each."""

@@ -158,7 +158,9 @@ def command(session: Session, state_dir: Path | None, force: bool, as_json: bool
 
     note("state directory", config.store.state_dir, _make_folder(config.store.state_dir))
     note("catalog", config.store.catalog_path, not config.store.catalog_path.exists())
-    create_catalog(config.store.catalog_path)
+    before = create_catalog(config.store.catalog_path)
+    if before is not None:
+        note("catalog as it was before its upgrade", before, True)
     errors: list[CastoreError] = []
     for backend_id, settings in config.backends.items():
         note(f"backend {backend_id}", settings.place, False)

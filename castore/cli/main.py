@@ -22,7 +22,10 @@ _INTERRUPTED: Final = 128 + 2
 _OUTPUT_CLOSED: Final = 128 + 13
 """As a shell reports a process that SIGINT or SIGPIPE ended."""
 
-_COMMANDS: Final = ("init", "mount", "umount", "status", "doctor", "package", "storage", "events", "cache", "serve")
+_COMMANDS: Final = (
+    *("init", "mount", "umount", "status", "doctor"),
+    *("package", "storage", "events", "cache", "catalog", "serve"),
+)
 """Each is the object `command` of the module of that name, imported when it is needed."""
 
 

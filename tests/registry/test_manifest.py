@@ -37,7 +37,12 @@ def summary_of(data: bytes) -> BlobSummary:
     return hasher.finish()
 
 
-names = st.binary(min_size=1, max_size=40).map(lambda name: name.replace(b"\0", b"_").replace(b"/", b"_"))
+names = (
+    st.binary(min_size=1, max_size=40)
+    .map(lambda name: name.replace(b"\0", b"_").replace(b"/", b"_"))
+    .filter(lambda name: name not in (b".", b".."))
+)
+targets = st.binary(min_size=1, max_size=60).map(lambda target: target.replace(b"\0", b"_"))
 paths = st.lists(names, min_size=1, max_size=4).map(b"/".join)
 numbers = st.integers(0, 2**32 - 1)
 common: dict[str, Any] = {
@@ -50,7 +55,7 @@ common: dict[str, Any] = {
 }
 entries = st.one_of(
     st.builds(ManifestEntry, kind=st.just(Kind.DIRECTORY), **common),
-    st.builds(ManifestEntry, kind=st.just(Kind.SYMLINK), target=st.binary(min_size=1, max_size=60), **common),
+    st.builds(ManifestEntry, kind=st.just(Kind.SYMLINK), target=targets, **common),
     st.builds(ManifestEntry, kind=st.just(Kind.FILE), blob=st.binary(max_size=300_000).map(summary_of), **common),
     st.builds(ManifestEntry, kind=st.sampled_from([Kind.FILE, Kind.SYMLINK]), path=paths, link_to=paths),
 )

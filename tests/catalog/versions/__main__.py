@@ -1,0 +1,5 @@
+"""See tests.catalog.versions."""
+
+from tests.catalog.versions import main
+
+main()
