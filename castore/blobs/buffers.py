@@ -19,7 +19,7 @@ SMALL_BYTES: Final = 64 * 1024
 """Smaller buffers are the C library's, and not counted: it uses their memory again without holes."""
 
 _UNIT: Final = 128 * 1024
-"""Buffers have multiples of it, so that one fits the next span of about its size."""
+"""Buffers have multiples of it. One that comes back is used for what needs half of it at least."""
 
 _new_bytearray: Final = ctypes.pythonapi.PyByteArray_FromStringAndSize
 _new_bytearray.argtypes = (ctypes.c_char_p, ctypes.c_ssize_t)
@@ -79,10 +79,13 @@ class Buffers:
 
     def _mapping(self, size_bytes: int) -> mmap.mmap:
         self.used_bytes()
-        for index in range(len(self._free) - 1, -1, -1):
-            if len(self._free[index]) == size_bytes:
-                self._free_bytes -= size_bytes
-                return self._free.pop(index)
+        best, best_bytes = -1, 2 * size_bytes + 1
+        for index, mapping in enumerate(self._free):
+            if size_bytes <= len(mapping) < best_bytes:
+                best, best_bytes = index, len(mapping)
+        if best >= 0:
+            self._free_bytes -= best_bytes
+            return self._free.pop(best)
         return mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     def _came_back(self, use: ref[ctypes.Array[ctypes.c_ubyte]]) -> None:

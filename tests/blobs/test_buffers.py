@@ -35,7 +35,8 @@ def test_a_buffer_is_used_again_but_never_while_it_is_held() -> None:
     third = buffers.take(MIB)
     assert bytes(third) == b"a" * MIB, "the same memory"
     del second, third
-    assert bytes(buffers.take(MIB // 2)) == bytes(MIB // 2), "of another size: fresh memory"
+    assert bytes(buffers.take(MIB // 2)) != bytes(MIB // 2), "half of it"
+    assert bytes(buffers.take(MIB // 4)) == bytes(MIB // 4), "less: fresh memory"
 
 
 def test_what_is_kept_for_the_next_use_is_bounded() -> None:
