@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal
 
@@ -34,12 +35,28 @@ def take_lock(path: Path, state_dir: Path, *, holder: Holder = "daemon") -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as exc:
-        note = os.pread(descriptor, _NOTE_BYTES, 0).decode(errors="replace")
+        pid, _, kind = _note(descriptor).partition(" ")
         os.close(descriptor)
-        pid, _, kind = note.strip().partition(" ")
         kind = kind if kind in _MENDS else "delivery" if holder == "delivery" else "daemon"
         does = "runs" if kind == "delivery" else "writes"
         raise StateLocked(f"{state_dir}: another {kind} (pid {pid or 'unknown'}) {does} there; {_MENDS[kind]}") from exc
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}{'' if holder == 'daemon' else f' {holder}'}\n".encode(), 0)
     return descriptor
+
+
+def holder_cannot_end(path: Path) -> bool:
+    """Whether the holder was killed, but a thread of it does not come back from the kernel, and keeps what it holds."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            pid = _note(descriptor).partition(" ")[0]
+        finally:
+            os.close(descriptor)
+        if pid.isdecimal():
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return False
+
+
+def _note(descriptor: int) -> str:
+    return os.pread(descriptor, _NOTE_BYTES, 0).decode(errors="replace").strip()

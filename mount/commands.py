@@ -23,7 +23,6 @@ from castore.ingest.bulk_order import ImportOrder
 from castore.ingest.publisher import PublishProgress
 from castore.ingest.service import Ingest
 from castore.registry.names import parse_ref
-from mount.operations import CastoreOperations
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,6 @@ class Commands:
         *,
         ingest: Ingest,
         status: StatusDocument,
-        operations: CastoreOperations,
         take_away: Callable[[], Awaitable[None]],
         state_dir: Path,
         mountpoint: Path,
@@ -55,7 +53,6 @@ class Commands:
         self._settings = settings
         self._ingest = ingest
         self._status = status
-        self._operations = operations
         self._take_away = take_away
 
     def handlers(self) -> dict[str, Any]:
@@ -90,13 +87,8 @@ class Commands:
         await self._ingest.publisher.publish(
             node.inode, name, version.encode(), wait_seconds=self._settings.publish_wait_seconds, report=tell
         )
-        await self._forget(parent, name, version)
-        return {"ref": f"{name}/{version}"}
-
-    async def _forget(self, parent: int, name: str, version: str) -> None:
-        """A version was published that the kernel was not asked for."""
         await self._forget_old_name(parent, version.encode())
-        self._operations.forget_latest(name)
+        return {"ref": f"{name}/{version}"}
 
     async def _import(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
         order = ImportOrder.from_request(request)
@@ -119,7 +111,7 @@ class Commands:
         async def publish(version_inode: int) -> None:
             parent = self._ingest.tree.parent(version_inode)
             await bulk.publish(version_inode, wait_seconds=self._settings.publish_wait_seconds)
-            await self._forget(parent, order.name, order.version)
+            await self._forget_old_name(parent, order.version.encode())
 
         async def tell() -> None:
             while True:

@@ -35,7 +35,6 @@ from castore.errors import ConfigError, StateError
 from castore.ingest.service import Ingest
 from castore.mountinfo import mount_source
 from castore.registry.locations import record_bad_read
-from castore.state_lock import take_lock
 from castore.storage.measured import CallStats
 from castore.storage.open import load_backend, open_backend
 from castore.verify.schedule import scrub_always
@@ -107,7 +106,7 @@ class Daemon:
         self._config.check_references()
         open_reader(self._config.store.catalog_path).close()
         if "ro" not in self._options:
-            self._lock = take_lock(self._config.store.run_dir / "lock", state_dir)
+            self._lock = mountpoint.take_lock(self._config.store.run_dir / "lock", state_dir)
         try:
             self._path = mountpoint.prepare(self._path, state_dir, is_writer=self._lock is not None)
         except BaseException:
@@ -185,7 +184,6 @@ class Daemon:
             mountpoint=str(self._path),
         )
         self._operations = CastoreOperations(
-            catalog=catalog,
             packages=PackagesTree(catalog, blobs, ingest),
             by_digest=ByDigestTree(catalog),
             control=ControlTree(status=self._make_status, health=self._health.make),
@@ -245,7 +243,6 @@ class Daemon:
             self._config.ingest,
             ingest=ingest,
             status=self._status,
-            operations=self._operations,
             take_away=self._take_away,
             state_dir=self._config.store.state_dir,
             mountpoint=self._path,

@@ -1,4 +1,4 @@
-"""What the kernel lets a mount's owner set after mounting: readahead and the number of background requests."""
+"""What the kernel lets a mount's owner do to it: set readahead and the background requests, and end its connection."""
 
 from __future__ import annotations
 
@@ -37,6 +37,17 @@ def tune(mountpoint: Path) -> None:
             _write(folder, "congestion_threshold", MAX_BACKGROUND * 3 // 4)
     except OSError as exc:
         log.info("max_background stays as it is (%s): reads that stall slow down others", exc.strerror)
+
+
+def abort(mountpoint: Path) -> None:
+    """End the connection of a mount whose daemon is dead: whoever waits there gets ENOTCONN or ECONNABORTED.
+
+    Raises OSError where this user may not.
+    """
+    device = _device(mountpoint)
+    if device is not None:
+        with connection(device.partition(":")[2]) as folder:
+            _write(folder, "abort", 1)
 
 
 def _write(folder: int, name: str, value: int) -> None:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from castore.errors import StateError
-from castore.mountinfo import is_dead, mount_at, resolve_mountpoint
+from castore import state_lock
+from castore.errors import StateError, StateLocked
+from castore.mountinfo import is_dead, mount_at, read_mounts, resolve_mountpoint
+from mount import kernel
 
 DEAD_MOUNTS_MAX: Final = 16
 """Dead mounts on top of each other that are cleared; more is somebody's doing."""
 USERS_NAMED_MAX: Final = 5
+END_SECONDS: Final = 5.0
+"""A daemon that was killed may take to end, once its connection is aborted. It takes no time."""
+POLL_SECONDS: Final = 0.05
+"""Between two looks at that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +59,30 @@ def prepare(path: Path, state_dir: Path, *, is_writer: bool) -> Path:
     return resolved
 
 
+def take_lock(path: Path, state_dir: Path) -> int:
+    """As castore.state_lock does, also from a daemon that was killed and cannot end. Raises StateLocked.
+
+    Such a one has a thread that tells the kernel something about a folder in which somebody waits for an answer of the
+    daemon. Nobody comes free before the connection is aborted.
+    """
+    if state_lock.holder_cannot_end(path):
+        for mount in read_mounts():
+            if mount.state_dir == state_dir and not mount.read_only:
+                detach(mount.mountpoint)
+    deadline = time.monotonic() + END_SECONDS
+    while True:
+        try:
+            return state_lock.take_lock(path, state_dir)
+        except StateLocked:
+            if not state_lock.holder_cannot_end(path) or time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_SECONDS)
+
+
 def detach(path: Path) -> None:
-    """Take a dead mount away, users or not. Raises StateError."""
+    """Take a dead mount away, users or not: they get an error. Raises StateError."""
+    with suppress(OSError):  # an abort helps those who wait, and may be root's alone
+        kernel.abort(path)
     done = subprocess.run(["fusermount3", "-uz", str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise StateError(f"{path}: a dead mount cannot be cleared: {done.stderr.strip()}")

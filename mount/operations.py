@@ -10,7 +10,6 @@ from typing import cast
 
 import pyfuse3
 
-from castore.catalog.reader import CatalogReader
 from castore.errors import InvalidName, NotFound, NotPermitted, ReadOnly
 from castore.ingest.service import Ingest
 from castore.ingest.tree import INGEST_ROOT
@@ -31,7 +30,7 @@ from mount.inodes import (
     ROOT,
     STATUS_FILE,
 )
-from mount.packages import LATEST, PackagesTree
+from mount.packages import PackagesTree
 from mount.statfs import statfs_of
 
 ReadableTree = PackagesTree | IngestFiles | ByDigestTree | ControlTree
@@ -48,7 +47,6 @@ class CastoreOperations(pyfuse3.Operations):
     def __init__(
         self,
         *,
-        catalog: CatalogReader,
         packages: PackagesTree,
         by_digest: ByDigestTree,
         control: ControlTree,
@@ -57,7 +55,6 @@ class CastoreOperations(pyfuse3.Operations):
         sync_wait_seconds: float,
     ) -> None:
         super().__init__()
-        self._catalog = catalog
         self._packages = packages
         self._by_digest = by_digest
         self._control = control
@@ -262,13 +259,6 @@ class CastoreOperations(pyfuse3.Operations):
         if not node.is_version:
             raise InvalidName("only ingest/NAME/VERSION can be published")
         await self._workspace.publish(node.inode, target.name, new_name, wait_seconds=self._publish_wait_seconds)
-        self.forget_latest(target.name)
-
-    def forget_latest(self, name: str) -> None:
-        """A version was published: what the kernel knows of `latest`, or of its absence, is old."""
-        row = self._catalog.package_name(name)
-        if row is not None:
-            pyfuse3.invalidate_entry_async(row.inode, LATEST, ignore_enoent=True)
 
     @deadlined
     async def setattr(

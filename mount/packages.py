@@ -16,7 +16,15 @@ from castore.catalog.records import Entry, Kind, Package, PackageName
 from castore.errors import IsADirectory, NoAttribute, NotASymlink, NotFound
 from castore.ingest.service import Ingest
 from castore.ingest.tree import INGEST_ROOT
-from mount.attributes import ABSENT_SECONDS, CHANGING_SECONDS, IMMUTABLE_SECONDS, absent, make, of_entry
+from mount.attributes import (
+    ABSENT_SECONDS,
+    CHANGING_SECONDS,
+    IMMUTABLE_SECONDS,
+    LATEST_SECONDS,
+    absent,
+    make,
+    of_entry,
+)
 from mount.handles import BlobHandle
 from mount.inodes import PACKAGES
 
@@ -87,7 +95,7 @@ class PackagesTree:
             gid=name.gid,
             mtime_ns=name.mtime_ns,
             size_bytes=len(name.latest_version),
-            seconds=CHANGING_SECONDS,
+            seconds=LATEST_SECONDS,
         )
 
     # names

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 import pytest
 import trio
@@ -142,6 +148,53 @@ def test_leftovers_of_dead_processes_go(store: MountedStore) -> None:
     wait_until(lambda: not half_put.exists(), "the half put is swept")
     wait_until(lambda: not list((store.state / "staging/manifests").iterdir()), "no manifest is left")
     assert rows(store.state / "catalog.db", "SELECT * FROM put_intents") == []
+
+
+def test_killed_while_the_kernel_is_told(make_store: Callable[..., MountedStore]) -> None:
+    """A thread in the kernel waits there for a rename that nobody will answer: it keeps the daemon from its end.
+
+    The rename holds ingest/told, and a version of it that a command published has to be forgotten there.
+    """
+    store = make_store('publish_wait = "30s"')
+    store.mount()
+    waits, told = store.ingest("told/1"), store.ingest("told/2")
+    (told / "a").write_text("a")
+    answers: list[int | None] = []
+
+    def publish() -> None:
+        try:
+            waits.rename(store.package("told/1"))
+        except OSError as exc:
+            answers.append(exc.errno)
+
+    # A process of its own has the file open: closing its copy, a child of this one would wait for the daemon, too.
+    script = f"import os; n = os.open({str(waits / 'b')!r}, os.O_WRONLY | os.O_CREAT); os.write(n, b'b'); "
+    script += "os.close(os.dup(n)); print(flush=True); input()"  # written and closed, and not yet released
+    with subprocess.Popen([sys.executable, "-c", script], stdin=PIPE, stdout=PIPE, stderr=DEVNULL) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"\n"
+        renaming = threading.Thread(target=publish)
+        renaming.start()
+        wait_until(lambda: "request_wait_answer" in where_it_waits(os.getpid()), "the publish waits")
+        arguments = ["castore.cli", "--config", str(store.config), "package", "publish", "told/2"]
+        command = subprocess.Popen([sys.executable, "-m", *arguments], stderr=DEVNULL)
+        pid = store.pid
+        wait_until(lambda: "fuse_reverse_inval_entry" in where_it_waits(pid), "the kernel is told, and waits")
+        os.kill(pid, signal.SIGKILL)
+        store.pid = 0
+        command.kill()
+        command.wait()
+        store.mount()
+        renaming.join()
+        holder.kill()
+    assert answers == [errno.ECONNABORTED]
+    assert (store.package("told/2") / "a").read_text() == "a"
+    assert (store.ingest("told/1") / "b").read_text() == "b"
+
+
+def where_it_waits(pid: int) -> set[str]:
+    """What the kernel does for each thread of a process."""
+    return {path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/wchan")}
 
 
 def stop_in_publish(store: MountedStore, ref: str) -> tuple[int, Path]:
