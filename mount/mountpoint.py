@@ -65,16 +65,20 @@ def take_lock(path: Path, state_dir: Path) -> int:
     Such a one has a thread that tells the kernel something about a folder in which somebody waits for an answer of the
     daemon. Nobody comes free before the connection is aborted.
     """
-    if state_lock.holder_cannot_end(path):
-        for mount in read_mounts():
-            if mount.state_dir == state_dir and not mount.read_only:
-                detach(mount.mountpoint)
+    try:
+        return state_lock.take_lock(path, state_dir)
+    except StateLocked:
+        if not state_lock.holder_cannot_end(path):
+            raise
+    for mount in read_mounts():
+        if mount.state_dir == state_dir and not mount.read_only:
+            detach(mount.mountpoint)
     deadline = time.monotonic() + END_SECONDS
     while True:
         try:
             return state_lock.take_lock(path, state_dir)
         except StateLocked:
-            if not state_lock.holder_cannot_end(path) or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise
         time.sleep(POLL_SECONDS)
 

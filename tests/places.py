@@ -68,12 +68,15 @@ class S3Place:
         (root / "access-key").write_text(server.access_key)
         (root / "secret-key").write_text(server.secret_key)
 
+    def prefix(self, backend_id: str) -> str:
+        """Below it lies all that a backend puts."""
+        return f"{self._server.key_prefix}{self._prefix}/{backend_id}"
+
     def section(self, backend_id: str) -> str:
         server = self._server
-        prefix = f"{server.key_prefix}{self._prefix}/{backend_id}"
         return (
             f'[backends.{backend_id}]\ntype = "s3"\nendpoint_url = "{self._endpoint_url(backend_id)}"\n'
-            f'region = "{server.region}"\nbucket = "{server.bucket}"\nkey_prefix = "{prefix}"\n'
+            f'region = "{server.region}"\nbucket = "{server.bucket}"\nkey_prefix = "{self.prefix(backend_id)}"\n'
             f'access_key_ref = "file:{self._root}/access-key"\nsecret_key_ref = "file:{self._root}/secret-key"\n'
             + (f'ca_bundle = "{server.ca_bundle}"\n' if server.ca_bundle else "")
         )

@@ -17,8 +17,10 @@ from castore.storage.spi import StorageBackend
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS: Final = 60.0
-"""Between tries while a backend cannot be asked: as the uploader, which waits for the same backend."""
+RETRY_SECONDS_MIN: Final = 1.0
+RETRY_SECONDS_MAX: Final = 60.0
+"""Between tries while a backend cannot be asked, doubling from the first to the last: as the uploader, which waits for
+the same backend."""
 
 
 class Leftovers:
@@ -60,10 +62,10 @@ class Leftovers:
 
         Returns when nothing of that kind is left; tries again while a backend cannot be asked.
         """
-        while True:
-            if await self._try():
-                return
-            await trio.sleep(RETRY_SECONDS)
+        seconds = RETRY_SECONDS_MIN
+        while not await self._try():
+            await trio.sleep(seconds)
+            seconds = min(seconds * 2, RETRY_SECONDS_MAX)
 
     async def _try(self) -> bool:
         try:

@@ -110,6 +110,9 @@ class Uploader:
         self._results, self._result_queue = trio.open_memory_channel[_Result](IN_FLIGHT_FILES)
         self._retry_seconds = 0.0
         self._failing = trio.Event()
+        self._broken_off: dict[tuple[Digest, str], list[int]] = {}
+        """Puts that failed and may have left something in a backend, and the files that they were for: the next try
+        goes on from it, or it is removed. As many as there are `failed` files at most."""
         self.rate = RateWindow()
         self.progress = Signal()
         """Pulsed whenever files became stored or failed."""
@@ -275,6 +278,12 @@ class Uploader:
                 commit_error = exc
             for result in results:
                 upload = result.upload
+                put = (upload.summary.digest, result.backend_id)
+                if result.is_over:
+                    self._broken_off.pop(put, None)
+                else:
+                    self._broken_off[put] = upload.inodes
+                    self._failing.set()
                 upload.missing.discard(result.backend_id)
                 upload.stored.append(result.backend_id)
                 upload.error = result.error or commit_error or upload.error
@@ -306,8 +315,7 @@ class Uploader:
             elif is_failed:
                 log.warning("put of %s failed: %s", digest, upload.error)
                 if upload.error.temporary:
-                    self._retry_seconds = min(max(RETRY_SECONDS_MIN, self._retry_seconds * 2), RETRY_SECONDS_MAX)
-                    self._failing.set()
+                    self._back_off()
         self.progress.pulse()
 
     def _note(self, upload: _Upload) -> bool:
@@ -339,9 +347,36 @@ class Uploader:
             try:
                 if self._store.restage_temporary(TEMPORARY_NAMES):
                     self.wake()
+                await self._forget_unwanted()
             except StateError as exc:
                 log.warning("failed puts are not tried again yet: %s", exc)
                 self._failing.set()
+
+    async def _forget_unwanted(self) -> None:
+        """Remove what broken-off puts left whose files were discarded or changed before the next try."""
+        away: set[str] = set()
+        for put, inodes in list(self._broken_off.items()):
+            digest, backend_id = put
+            if backend_id in away or digest in self._uploads or any(self._waits(each, digest) for each in inodes):
+                continue
+            is_removed = await self._leftovers.remove(digest, backend_id)
+            if digest in self._uploads:
+                continue
+            if is_removed:
+                # A put that begins from now on notes its intent after this, in the one thread that writes.
+                self._broken_off.pop(put, None)
+                await self._drop_intent(put)
+            else:
+                away.add(backend_id)
+        if away:
+            self._back_off()
+
+    async def _drop_intent(self, put: tuple[Digest, str]) -> None:
+        await self._writer.run(lambda transaction: transaction.drop_intents([put]))
+
+    def _back_off(self) -> None:
+        self._retry_seconds = min(max(RETRY_SECONDS_MIN, self._retry_seconds * 2), RETRY_SECONDS_MAX)
+        self._failing.set()
 
 
 def _location_work(results: list[_Result]) -> Callable[[Transaction], None]:

@@ -22,11 +22,9 @@ from typing import IO, Any
 
 from castore.catalog.reader import CatalogReader
 from tests.mount import crash_writer
+from tests.mount.crash_objects import MANIFESTS, FolderObjects, Objects
 from tests.mount.crash_writer import Facts
 from tests.mount.store import WAIT_SECONDS, MountedStore, wait_until
-
-LEFTOVER_AGE_SECONDS = 7200
-"""Older than what the sweep of a backend takes for a put that might still go on."""
 
 Tree = dict[str, dict[str, Any]]
 """Path below a version (`.` for itself) -> what is there."""
@@ -92,8 +90,16 @@ def assert_same(found: Tree, expected: Tree) -> None:
 class CrashRounds:
     """Rounds on one store, each a kill and a restart. `store` is mounted at the start, and after each round."""
 
-    def __init__(self, store: MountedStore, seed: int) -> None:
+    largest_bytes = 3_000_000
+    """About what the largest files have."""
+    most_steps = 60
+    """Of one version, unless it is published soon."""
+    patient = False
+    """Whether the backend may fail while the writer waits for it."""
+
+    def __init__(self, store: MountedStore, seed: int, objects: Objects | None = None) -> None:
         self.store = store
+        self.objects = FolderObjects(store.objects) if objects is None else objects
         self.rng = random.Random(seed)
         self.published: dict[str, Tree] = {}
         self.inodes: set[int] = set()
@@ -102,7 +108,7 @@ class CrashRounds:
     def run(self) -> str:
         """One round; one line of what it met."""
         told = self._write_until_killed(in_publish=self.rng.random() < 0.5)
-        leftovers = self._age_leftovers()
+        leftovers = self.objects.age()
         came_to = self._publish_came_to()
         self.store.mount()
         outcome = self._check(told)
@@ -120,8 +126,10 @@ class CrashRounds:
         told = Told()
         script = crash_writer.__file__
         settles = in_publish and self.rng.random() < 0.8
-        arguments = [self.store.mnt, self.rng.getrandbits(32), self.version, 5 if in_publish else 60, int(settles)]
-        child = subprocess.Popen([sys.executable, "-I", "-S", script, *map(str, arguments)], stdout=subprocess.PIPE)
+        steps = 5 if in_publish else self.most_steps
+        numbers = [self.rng.getrandbits(32), self.version, steps, int(settles), self.largest_bytes, int(self.patient)]
+        command = [sys.executable, "-I", "-S", script, str(self.store.mnt), *map(str, numbers)]
+        child = subprocess.Popen(command, bufsize=0, stdout=subprocess.PIPE)
         with child:
             assert child.stdout is not None
             self._listen(child.stdout, told, in_publish)
@@ -134,13 +142,16 @@ class CrashRounds:
             assert child.wait(WAIT_SECONDS) == 0
         # What fails in the page cache, where only the step that appends reads, is EIO to the kernel. From the daemon
         # none may come: it would have logged it.
-        expected = {errno.ENOTCONN, errno.ECONNABORTED} | ({errno.EIO} if told.step == "append" else set())
+        expected = {*crash_writer.DIED} | ({errno.EIO} if told.step == "append" else set())
         assert told.died in expected, (told.died, told.step)
-        assert "mount.guard" not in self.store.log()
+        self._check_log()
         self.version += 1 + len(told.published)
         self.published |= told.published
         self._check_inodes(told)
         return told
+
+    def _check_log(self) -> None:
+        assert "mount.guard" not in self.store.log()
 
     def _listen(self, lines: IO[bytes], told: Told, in_publish: bool) -> None:
         """Hear the writer out until it is time for the kill: after some steps, or when it begins some publish."""
@@ -159,26 +170,11 @@ class CrashRounds:
         assert not used & self.inodes
         self.inodes |= used
 
-    def _age_leftovers(self) -> int:
-        """Make what the dead daemon's puts left in the backend old enough to be swept; how many files."""
-        found = self._half_puts()
-        for path in found:
-            then = time.time() - LEFTOVER_AGE_SECONDS
-            os.utime(path, (then, then))
-        return len(found)
-
-    def _half_puts(self) -> list[Path]:
-        return list(self.store.objects.rglob(".castore-put-*"))
-
     def _publish_came_to(self) -> str:
-        if len(self._stored_manifests()) > len(self.published):
+        if len(self.objects.names(MANIFESTS)) > len(self.published):
             return "its manifest is put"
         written = any((self.store.state / "staging/manifests").iterdir())
         return "its manifest is written" if written else "it has not begun"
-
-    def _stored_manifests(self) -> set[str]:
-        folder = self.store.objects / "manifest-sha256"
-        return {path.name for path in folder.rglob("?" * 64) if path.is_file()}
 
     # what is there
 
@@ -239,12 +235,13 @@ class CrashRounds:
         for folder in ("data", "manifests"):
             left = [path.name for path in (self.store.state / "staging" / folder).iterdir()]
             assert left == [], f"staging/{folder}"
-        wait_until(lambda: not self._half_puts(), "the half puts are swept")
-        assert rows(self.store.state / "staging/workspace.db", "SELECT * FROM publishing") == []
+        wait_until(lambda: not self.objects.half_puts(), "the half puts are gone")
+        workspace = self.store.state / "staging/workspace.db"
+        wait_until(lambda: not rows(workspace, "SELECT * FROM publishing"), "every half publish is undone")
         wait_until(lambda: not rows(self.store.state / "catalog.db", "SELECT * FROM put_intents"), "no put is intended")
         with CatalogReader.open(self.store.state / "catalog.db") as catalog:
             manifests = {package.manifest_digest.hex for package in catalog.packages()}
-        assert self._stored_manifests() == manifests
+        assert self.objects.names(MANIFESTS) == manifests
 
     def _settled_status(self) -> dict[str, Any] | None:
         status = self.store.status()
@@ -261,27 +258,31 @@ def rows(database: Path, query: str) -> list[tuple[Any, ...]]:
         return connection.execute(query).fetchall()
 
 
+def run_rounds(rounds: CrashRounds, count: int) -> None:
+    """That many, each told on standard output; then the mount is empty of all but what is right, and ends."""
+    store = rounds.store
+    try:
+        store.mount()
+        for number in range(1, count + 1):
+            print(f"{number}: {rounds.run()}", flush=True)
+        rounds.check_all()
+        store.umount()
+    except BaseException:
+        print(store.log(), file=sys.stderr)
+        raise
+    finally:
+        store.close()
+    assert "Traceback" not in store.log(), store.log()
+    print(f"{len(rounds.published)} packages are as they were published")
+
+
 def main() -> None:
     """Arguments: the number of rounds, and a seed; without one, one is drawn and told."""
     count = int(sys.argv[1])
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().getrandbits(32)
     with tempfile.TemporaryDirectory(prefix="castore-crash-") as folder:
-        store = MountedStore(Path(folder))
-        try:
-            store.mount()
-            rounds = CrashRounds(store, seed)
-            print(f"{count} rounds with seed {seed}", flush=True)
-            for number in range(1, count + 1):
-                print(f"{number}: {rounds.run()}", flush=True)
-            rounds.check_all()
-            store.umount()
-        except BaseException:
-            print(store.log(), file=sys.stderr)
-            raise
-        finally:
-            store.close()
-        assert "Traceback" not in store.log(), store.log()
-    print(f"{len(rounds.published)} packages are as they were published")
+        print(f"{count} rounds with seed {seed}", flush=True)
+        run_rounds(CrashRounds(MountedStore(Path(folder)), seed), count)
 
 
 if __name__ == "__main__":

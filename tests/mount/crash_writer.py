@@ -22,6 +22,8 @@ from typing import Any
 Facts = dict[str, Any] | None
 
 CHUNK_BYTES = 256 * 1024
+DIED = (errno.ENOTCONN, errno.ECONNABORTED)
+"""What the kernel answers once the daemon is gone."""
 
 
 def facts_of(path: str) -> dict[str, Any]:
@@ -47,8 +49,12 @@ def digest_of(path: str) -> str:
 class Writer:
     """Works on one mount, as a seed tells."""
 
-    def __init__(self, root: str, seed: int, first_version: int, steps_max: int, settles: int) -> None:
+    def __init__(
+        self, root: str, seed: int, first_version: int, steps_max: int, settles: int, largest_bytes: int, patient: int
+    ) -> None:
         self.root = root
+        self.largest_bytes = largest_bytes
+        self.patient = bool(patient)
         self.rng = random.Random(seed)
         self.version = first_version
         self.steps_max = steps_max
@@ -92,7 +98,7 @@ class Writer:
 
     def data(self) -> bytes:
         """Mostly small, some of several blocks, a few large."""
-        size = self.rng.choice((0, 1, 500, 4096, 9000, 9000, 60_000, 200_000, 3_000_000))
+        size = self.rng.choice((0, 1, 500, 4096, 9000, 9000, 60_000, 200_000, self.largest_bytes))
         return self.rng.randbytes(self.rng.randint(size // 2, size))
 
     def write_new(self, path: str) -> None:
@@ -196,11 +202,20 @@ class Writer:
             os.close(self.unlinked.pop())
         return ref
 
+    def settle(self, top: str) -> None:
+        """Wait until everything is stored: the publish itself is short then. Its failure may be the backend's."""
+        folder = os.open(top, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        except OSError as exc:
+            if not self.patient or exc.errno in DIED:
+                raise
+        finally:
+            os.close(folder)
+
     def publish(self, ref: str) -> None:
         if self.settles:
-            folder = os.open(self.full(f"ingest/{ref}"), os.O_RDONLY)
-            os.fsync(folder)  # returns when everything is stored: the publish itself is short then
-            os.close(folder)
+            self.settle(self.full(f"ingest/{ref}"))
         self.say({"publish": ref})
         while True:
             try:
@@ -213,7 +228,11 @@ class Writer:
 
 
 def main() -> None:
-    """Arguments: the mount, a seed, the first version, the most steps in one, 1 to publish only what is stored."""
+    """Arguments: the mount, and the numbers that a Writer takes.
+
+    They are a seed, the first version, the most steps in one, 1 to publish only what is stored, the size of the
+    largest files, 1 to bear it that a backend fails.
+    """
     writer = Writer(sys.argv[1], *map(int, sys.argv[2:]))
     try:
         while True:

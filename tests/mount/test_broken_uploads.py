@@ -7,60 +7,18 @@ import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
 import pytest
 
-from castore.digest import Digest
-from castore.storage.layout import key_of
 from tests.mount.crash_round import rows
+from tests.mount.parts_place import PART, UNAVAILABLE, InParts
 from tests.mount.store import MountedStore, wait_until
-from tests.places import S3Place
 from tests.servers.every import S3_SERVERS, EveryServer
 from tests.servers.fault_proxy import Exchange, FaultProxy
-from tests.servers.s3_server import S3Server
 
-PART: Final = 5 << 20
 HERE: Final = [name for name in S3_SERVERS if name in ("seaweedfs", "rgw")]
-
-
-class InParts:
-    """A place whose backends put in small parts, by way of a proxy that does harm."""
-
-    backend_type = "s3"
-
-    def __init__(self, root: Path, server: S3Server, proxy: FaultProxy) -> None:
-        self._place = S3Place(root, server, None)
-        self._server = server
-        self._proxy = proxy
-        self._outside = server.client()
-
-    def section(self, backend_id: str) -> str:
-        text = self._place.section(backend_id).replace(self._server.endpoint_url, self._proxy.endpoint_url)
-        return f"{text}multipart_threshold_bytes = {PART}\nmultipart_chunk_bytes = {PART}\n"
-
-    def unreachable(self, backend_id: str) -> Any:
-        return self._place.unreachable(backend_id)
-
-    def uploads(self, data: bytes) -> list[str]:
-        """Ids of uploads of these bytes that are begun and not ended."""
-        return [upload["UploadId"] for upload in self._list(data)]
-
-    def parts(self, data: bytes) -> list[int]:
-        """Numbers of the parts that the server holds of the only upload of these bytes, if there is one."""
-        for upload in self._list(data):
-            names = {"Bucket": self._server.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-            return [part["PartNumber"] for part in self._outside.list_parts(**names).get("Parts", ())]
-        return []
-
-    def _list(self, data: bytes) -> list[Any]:
-        page = self._outside.list_multipart_uploads(Bucket=self._server.bucket, Prefix=self._server.key_prefix)
-        key = key_of(Digest.of(data))
-        return [upload for upload in page.get("Uploads", ()) if upload["Key"].endswith(key)]
-
-    def close(self) -> None:
-        self._outside.close()
 
 
 @pytest.fixture
@@ -87,6 +45,11 @@ def store(make_store: Callable[..., MountedStore], parts_place: InParts) -> Moun
 
 def hang(exchange: Exchange) -> None:
     exchange.hang()
+
+
+def unavailable(exchange: Exchange) -> bool:
+    exchange.answer(UNAVAILABLE)
+    return True
 
 
 def begin(store: MountedStore, proxy: FaultProxy, place: InParts, path: Path) -> bytes:
@@ -132,6 +95,20 @@ def test_a_file_discarded_while_it_is_put(store: MountedStore, proxy: FaultProxy
     assert not any(state["file_count"] for state in store.status()["queue"].values())
     (path.parent / "small").write_bytes(b"the next")
     store.wait_stored(path.parent / "small")
+
+
+@pytest.mark.parametrize("name", HERE, scope="session")
+def test_a_file_discarded_after_its_put_failed(store: MountedStore, proxy: FaultProxy, parts_place: InParts) -> None:
+    """The server does not even let the daemon clear away at first: what the put left goes as soon as it can."""
+    path = store.ingest("failed/1") / "big"
+    proxy.break_with(unavailable, method="PUT", value=("partNumber", "3"))
+    data = os.urandom(4 * PART + 1)
+    path.write_bytes(data)
+    wait_until(lambda: store.state_of(path).startswith("failed"), "the put fails")
+    path.unlink()
+    assert len(parts_place.uploads(data)) == 1
+    proxy.break_with(unavailable, times=5)
+    nothing_is_left(store, parts_place, data)
 
 
 @pytest.mark.parametrize("name", HERE, scope="session")

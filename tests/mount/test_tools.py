@@ -103,6 +103,7 @@ def test_rsync_delete_and_changes(shared_store: MountedStore, tmp_path: Path) ->
     assert_same(box, source)
     (source / "share/131072").write_bytes(b"i" * 131_072)
     run_tool(*rsync, "--inplace")
+    assert _itemized(run_tool(*rsync, "--itemize-changes")) == []
     assert_same(shared_store.publish("resynced/1"), source)
 
 

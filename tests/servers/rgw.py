@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import subprocess
 import uuid
 from pathlib import Path
 from typing import Final
 
-from tests.servers.s3_server import LocalServer, S3Server
+from tests.servers.s3_server import LocalServer, S3Server, wait_for_bucket
 
 KMS_KEY_ID: Final = "castore-trial"
 """The key for `aws:kms` that scripts/rgw gives it."""
@@ -70,9 +72,27 @@ class Rgw(LocalServer):
             self.tls.endpoint_url, self.tls.ca_bundle = answer["tls_endpoint_url"], Path(answer["ca_bundle"])
         return process
 
+    def kill(self) -> None:
+        """The gateway alone: what Ceph stores, its other daemons keep."""
+        gateway = os.pidfd_open(self._gateway())
+        self._signal(signal.SIGKILL)
+        select.select([gateway], [], [])
+        os.close(gateway)
+
+    def revive(self) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"\n")
+        self._process.stdin.flush()
+        if not wait_for_bucket(self, self._process):
+            raise RuntimeError(f"{self.name} did not start again")
+
     def _signal(self, number: int) -> None:
+        os.kill(self._gateway(), number)
+
+    def _gateway(self) -> int:
         pid_file = Path(self._answer["ceph_conf"]).parent / "run/radosgw.pid"
-        os.kill(int(pid_file.read_text().split()[0]), number)
+        return int(pid_file.read_text().split()[0])
 
 
 class _OverTls(S3Server):

@@ -123,6 +123,16 @@ class LocalServer(S3Server, ABC):
             process.kill()
             process.wait()
 
+    def kill(self) -> None:
+        """End it as a crash does. `revive` serves what it stored again."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def revive(self) -> None:
+        """Serve again at the same port, after `kill`."""
+        self.start()
+
     def pause(self) -> None:
         """Let it hang: connections open, nothing answers."""
         self._signal(signal.SIGSTOP)

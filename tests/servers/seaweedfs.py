@@ -51,6 +51,14 @@ class SeaweedFS(LocalServer):
 
     def stop(self) -> None:
         super().stop()
+        self._remove_sockets()
+
+    def kill(self) -> None:
+        super().kill()
+        self._remove_sockets()
+        self.port = int(self.endpoint_url.rpartition(":")[2])
+
+    def _remove_sockets(self) -> None:
         for name, port in self._grpc_ports.items():  # a process that is killed leaves them
             Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)
 
