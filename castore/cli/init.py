@@ -133,48 +133,61 @@ def command(session: Session, state_dir: Path | None, force: bool, as_json: bool
     It makes the place of each backend, too: a folder or a bucket. Run again, it creates what is missing and says what
     is there. A backend that cannot be made keeps nothing else from being made.
     """
-    import trio
-
-    from castore.catalog.connection import create_catalog
     from castore.config import find_config, load_config, user_config_path
-    from castore.storage.open import create_backend
 
     steps: list[dict[str, Any]] = []
-
-    def note(what: str, path: Path | str, created: bool) -> None:
-        steps.append({"what": what, "path": str(path), "created": created, "error": None})
-
     config_path = find_config(session.config_path, os.environ) or user_config_path().absolute()
     fresh = force or not os.path.lexists(config_path)
     if fresh:
         data = _new_file(config_path, state_dir.expanduser().absolute() if state_dir else None)
         if os.path.lexists(config_path):
-            note("former configuration", _set_aside(config_path), True)
+            steps.append(_step("former configuration", _set_aside(config_path), True))
         _write_new(config_path, data)
-    note("configuration", config_path, fresh)
+    steps.append(_step("configuration", config_path, fresh))
     config = load_config(config_path)
     if state_dir is not None:
         _check_state_dir(config, state_dir)
 
-    note("state directory", config.store.state_dir, _make_folder(config.store.state_dir))
-    note("catalog", config.store.catalog_path, not config.store.catalog_path.exists())
-    before = create_catalog(config.store.catalog_path)
-    if before is not None:
-        note("catalog as it was before its upgrade", before, True)
-    errors: list[CastoreError] = []
-    for backend_id, settings in config.backends.items():
-        note(f"backend {backend_id}", settings.place, False)
-        try:
-            steps[-1]["created"] = trio.run(create_backend, settings)
-        except (StorageError, ConfigError) as exc:
-            steps[-1]["error"] = str(exc)
-            errors.append(exc)
+    made, errors = make_store(config)
+    steps += made
     if as_json:
         print_json({"config": str(config_path), "state_dir": str(config.store.state_dir), "steps": steps})
     else:
         print_columns((_state_of(step), step["what"], printable(step["path"])) for step in steps)
     if errors:
         raise errors[0] if len(errors) == 1 else StorageError("; ".join(map(str, errors)))
+
+
+def make_store(config: Config) -> tuple[list[dict[str, Any]], list[CastoreError]]:
+    """Create what is missing of a store: its folder, the catalog and each backend's place; each step, and what failed.
+
+    Raises StateError when the folder or the catalog cannot be made.
+    """
+    import trio
+
+    from castore.catalog.connection import create_catalog
+    from castore.storage.open import create_backend
+
+    store = config.store
+    steps = [_step("state directory", store.state_dir, _make_folder(store.state_dir))]
+    steps.append(_step("catalog", store.catalog_path, not store.catalog_path.exists()))
+    before = create_catalog(store.catalog_path)
+    if before is not None:
+        steps.append(_step("catalog as it was before its upgrade", before, True))
+    errors: list[CastoreError] = []
+    for backend_id, settings in config.backends.items():
+        step = _step(f"backend {backend_id}", settings.place, False)
+        steps.append(step)
+        try:
+            step["created"] = trio.run(create_backend, settings)
+        except (StorageError, ConfigError) as exc:
+            step["error"] = str(exc)
+            errors.append(exc)
+    return steps, errors
+
+
+def _step(what: str, path: Path | str, created: bool) -> dict[str, Any]:
+    return {"what": what, "path": str(path), "created": created, "error": None}
 
 
 def _state_of(step: Mapping[str, Any]) -> str:

@@ -10,13 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import click
 
 from castore.cli.output import print_json, printable
 from castore.cli.session import Session, common_options, json_option, mountpoint_argument
 from castore.errors import StateError
+
+if TYPE_CHECKING:
+    from castore.config import Config
 
 READY_SECONDS: Final = 60.0
 """For a start that took 0.25 s when measured: a catalog to recover or a slow disk may take long, but not for ever."""
@@ -53,12 +56,20 @@ def command(
     wait_seconds: float,
     as_json: bool,
 ) -> None:
-    """Mount the store at MNT, an empty directory. Stays in the foreground unless told."""
+    """Mount the store at MNT, an empty directory. Stays in the foreground unless told.
+
+    Without any configuration, the first time, it makes a store in your data folder, and MNT.
+
+    Example: castore mount ~/store --background
+    """
     config = session.config()
     state_dir = config.store.state_dir
-    if not state_dir.is_dir():
-        raise StateError(f"{state_dir}: there is no store; run `castore init`")
     mountpoint = mountpoint.absolute()
+    if not state_dir.is_dir():
+        # A configured place that is not there may be a disk that is not mounted: nothing is made in its stead.
+        if config.source is not None or "ro" in ",".join(options).split(","):
+            raise StateError(f"{state_dir}: there is no store; run `castore init`")
+        _make_first_store(config, mountpoint)
     # -P: the working directory must not decide what the module `mount` is.
     arguments = [sys.executable, "-P", "-m", "mount"]
     if config.source is not None:
@@ -79,6 +90,20 @@ def command(
         print_json({"mountpoint": str(mountpoint), "pid": pid, "log": str(log_path)})
     else:
         click.echo(f"mounted {printable(str(mountpoint))} (pid {pid})")
+
+
+def _make_first_store(config: Config, mountpoint: Path) -> None:
+    """What somebody needs who has only just installed castore. Says so in a line."""
+    from castore.cli.init import make_store
+
+    mountpoint.mkdir(exist_ok=True)
+    _, errors = make_store(config)
+    if errors:
+        raise errors[0]
+    click.echo(
+        f"made a new store in {printable(str(config.store.state_dir))}; `castore init` writes settings to change",
+        err=True,
+    )
 
 
 def start_in_background(arguments: list[str], log_path: Path, wait_seconds: float) -> int:

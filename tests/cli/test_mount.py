@@ -157,9 +157,14 @@ def test_the_foreground_is_the_daemon_itself(bad: BadDaemon) -> None:
     ]
 
 
-def test_without_a_store(cli: Cli) -> None:
-    line = cli.error("mount", cli.home, "--background")
+def test_without_a_store(cli: Cli, tmp_path: Path) -> None:
+    """Only who configured nothing gets one made: another's may be on a disk that is not mounted."""
+    line = cli.error("mount", cli.home / "store", "--background", "-o", "nodev,ro")
     assert line == f"{cli.home}/.local/share/castore: there is no store; run `castore init`"
+    config = tmp_path / "castore.toml"
+    config.write_text('[store]\nstate_dir = "gone"\n[backends.local]\ntype = "local"\npath = "objects"\n')
+    line = cli.error("mount", cli.home / "store", "--background", "--config", config)
+    assert line == f"{tmp_path}/gone: there is no store; run `castore init`"
     assert list(cli.home.iterdir()) == []
 
 
