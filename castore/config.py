@@ -19,6 +19,7 @@ import platformdirs
 
 from castore.config_backends import BackendSettings, LocalSettings, S3Settings, parse_backends
 from castore.config_events import EventSettings, parse_events
+from castore.config_retention import RetentionRule, RetentionSettings, parse_retention
 from castore.config_values import Table, suggestion
 from castore.digest import SHA256_BLOCKS, XXH3
 from castore.errors import ConfigError
@@ -34,6 +35,8 @@ __all__ = [
     "HttpSettings",
     "IngestSettings",
     "LocalSettings",
+    "RetentionRule",
+    "RetentionSettings",
     "RoutingRule",
     "RoutingSettings",
     "S3Settings",
@@ -53,6 +56,7 @@ CONFIG_VARIABLE: Final = "CASTORE_CONFIG"
 
 LISTEN_RULE: Final = '"HOST:PORT" or "[IPV6]:PORT", the port from 0 to 65535'
 
+_TABLES: Final = ("store", "cache", "ingest", "backends", "routing", "verify", "retention", "http", "events")
 _KIB: Final = 2**10
 _MIB: Final = 2**20
 _GIB: Final = 2**30
@@ -90,6 +94,11 @@ class StoreSettings:
     def control_path(self) -> Path:
         """The daemon's control socket."""
         return self.run_dir / "control.sock"
+
+    @property
+    def gc_lock_path(self) -> Path:
+        """The lock of a garbage collection: one at a time."""
+        return self.run_dir / "gc.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +184,7 @@ class Config:
     backends: Mapping[str, BackendSettings]
     routing: RoutingSettings
     verify: VerifySettings
+    retention: RetentionSettings
     http: HttpSettings
     events: EventSettings
     source: Path | None
@@ -255,8 +265,7 @@ def _default_values() -> dict[str, Any]:
 def parse_config(values: Mapping[str, Any], *, source: Path | None) -> Config:
     """The configuration that the parsed TOML `values` mean. Raises ConfigError as `load_config` does."""
     file = source if source is not None else Path("built-in defaults")
-    known = ("store", "cache", "ingest", "backends", "routing", "verify", "http", "events")
-    top = Table(values, name="", file=file, known=known)
+    top = Table(values, name="", file=file, known=_TABLES)
     store = top.table("store", ("state_dir",))
     cache = top.table(
         "cache", ("dir", "max_bytes", "same_disk", "seed", "tiny_bytes", "tiny_max_bytes", "prefetch_siblings")
@@ -277,6 +286,7 @@ def parse_config(values: Mapping[str, Any], *, source: Path | None) -> Config:
         backends=MappingProxyType(backends),
         routing=_routing(top, tuple(backends)),
         verify=_verify(top, tuple(backends)),
+        retention=parse_retention(top),
         http=_http(top),
         events=parse_events(top),
         source=source,

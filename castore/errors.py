@@ -6,7 +6,8 @@
     │   ├── StateLocked             another daemon writes there
     │   ├── CatalogTooNew           made by a newer castore
     │   ├── CatalogFull       (t)   no space left for the catalog or the workspace
-    │   └── CatalogBusy       (t)   another process holds the write lock for too long
+    │   ├── CatalogBusy       (t)   another process holds the write lock for too long
+    │   └── DeletionUnderWay  (t)   garbage collection deletes just now what is to be put
     ├── TreeError                   a path operation cannot be done
     │   ├── NotFound  AlreadyExists  NotADirectory  IsADirectory  DirectoryNotEmpty
     │   ├── InvalidName             a NAME or VERSION outside the rule
@@ -78,6 +79,12 @@ class CatalogFull(StateError):
 
 class CatalogBusy(StateError):
     """Another process held the catalog's write lock for longer than `BUSY_TIMEOUT_MS`."""
+
+    temporary = True
+
+
+class DeletionUnderWay(StateError):
+    """Garbage collection deletes just now what is to be put; it has to be put when that is over."""
 
     temporary = True
 

@@ -41,6 +41,16 @@ POINTS: Final = {
 """Every point, in the order in which a small package meets them, and what is so at that moment."""
 
 COMMAND_POINTS: Final = {
+    "gc.purging": "a package can be restored no more, nothing of it is gone",
+    "gc.manifest_marked": "its manifest is marked in every backend",
+    "gc.manifest_gone": "its manifest is gone, its entries are there",
+    "gc.entries_gone": "some of its entries are gone",
+    "gc.purged": "the catalog knows nothing of it any more, its blobs are there",
+    "gc.marked": "blobs that nothing needs are marked, none is deleted",
+    "gc.orphans_marked": "so are orphans",
+    "gc.deleting": "some objects that were marked are gone, the catalog does not know of any",
+    "gc.deleted": "all of them are gone",
+    "gc.forgotten": "and their rows",
     "export.filled": "every file of an export is written, its directory is not in its place",
 }
 """The same of commands that work beside a daemon."""

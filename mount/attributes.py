@@ -75,7 +75,10 @@ def of_entry(entry: Entry) -> pyfuse3.EntryAttributes:
 
 
 def of_node(node: Node) -> pyfuse3.EntryAttributes:
-    """Attributes of something in ingest/."""
+    """Attributes of something in ingest/.
+
+    The name of a VERSION is kept for as short as in packages/: a publish takes it there with the time that it has here.
+    """
     return make(
         node.inode,
         _TYPES[node.kind] | node.mode,
@@ -86,6 +89,7 @@ def of_node(node: Node) -> pyfuse3.EntryAttributes:
         size_bytes=node.size_bytes,
         nlink=node.nlink,
         seconds=INGEST_SECONDS,
+        entry_seconds=CHANGING_SECONDS if node.is_version else INGEST_SECONDS,
     )
 
 

@@ -17,6 +17,7 @@ import trio
 from castore.api.control import Report
 from castore.api.status import StatusDocument
 from castore.config import IngestSettings
+from castore.digest import Digest
 from castore.errors import CastoreError, NotFound, StateError
 from castore.ingest.bulk import BulkImport
 from castore.ingest.bulk_order import ImportOrder
@@ -45,7 +46,9 @@ class Commands:
         take_away: Callable[[], Awaitable[None]],
         state_dir: Path,
         mountpoint: Path,
+        open_digests: Callable[[], set[Digest]],
     ) -> None:
+        self._open_digests = open_digests
         self._state_dir = state_dir
         self._mountpoint = mountpoint
         self._imports: dict[str, trio.Event] = {}
@@ -61,11 +64,16 @@ class Commands:
             "status": self._answer_status,
             "publish": self._publish,
             "import": self._import,
+            "reading": self._answer_reading,
             "umount": self._umount,
         }
 
     async def _answer_status(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
         return await self._status.make()
+
+    async def _answer_reading(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
+        """What is open, or in memory: garbage collection leaves it alone."""
+        return {"digests": [str(digest) for digest in self._open_digests()]}
 
     async def _publish(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
         name, version = parse_ref(str(request.get("ref", "")))

@@ -145,6 +145,7 @@ class Daemon:
             cache=cache,
             following=PackageOrder(catalog).following if config.cache.prefetch_siblings else None,
         )
+        self._blobs = blobs
         ingest = None
         if self._lock is not None:
             ingest = Ingest(
@@ -246,6 +247,7 @@ class Daemon:
             take_away=self._take_away,
             state_dir=self._config.store.state_dir,
             mountpoint=self._path,
+            open_digests=self._blobs.open_digests,
         )
         await nursery.start(serve_control, self._config.store.control_path, commands.handlers())
 

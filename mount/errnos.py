@@ -35,6 +35,7 @@ _TABLE: Final[tuple[tuple[type[BaseException], int], ...]] = (
     (errors.StorageDenied, errno.EACCES),
     (errors.StorageFull, errno.ENOSPC),
     (errors.CatalogBusy, errno.EAGAIN),
+    (errors.DeletionUnderWay, errno.EBUSY),
     (errors.CatalogFull, errno.ENOSPC),
 )
 

@@ -6,13 +6,15 @@ import os
 import stat
 import time
 from collections.abc import Iterator
+from heapq import merge
+from operator import attrgetter, itemgetter
 
 import pyfuse3
 
 from castore.blobs.reader import BlobReader
 from castore.blobs.siblings import Place
 from castore.catalog.reader import CatalogReader
-from castore.catalog.records import Entry, Kind, Package, PackageName
+from castore.catalog.records import Entry, Kind, Package, PackageName, Tag
 from castore.errors import IsADirectory, NoAttribute, NotASymlink, NotFound
 from castore.ingest.service import Ingest
 from castore.ingest.tree import INGEST_ROOT
@@ -63,7 +65,7 @@ class PackagesTree:
             return self._of_entry(entry)
         name = self.name_of(inode)
         if name is None:
-            raise NotFound("no such entry in packages/")
+            return self._of_tag(self._tag(inode))
         return self._of_latest(name) if inode == name.latest_inode else self._of_name(name)
 
     def _of_entry(self, entry: Entry) -> pyfuse3.EntryAttributes:
@@ -98,6 +100,24 @@ class PackagesTree:
             seconds=LATEST_SECONDS,
         )
 
+    def _tag(self, inode: int) -> Tag:
+        tag = self._catalog.tag_by_inode(inode)
+        if tag is None:
+            raise NotFound("no such entry in packages/")
+        return tag
+
+    def _of_tag(self, tag: Tag) -> pyfuse3.EntryAttributes:
+        name = self._catalog.package_name(tag.name)
+        return make(
+            tag.inode,
+            stat.S_IFLNK | 0o777,
+            uid=name.uid if name else 0,
+            gid=name.gid if name else 0,
+            mtime_ns=tag.set_at_ns,
+            size_bytes=len(tag.version),
+            seconds=CHANGING_SECONDS,
+        )
+
     # names
 
     def name_of(self, inode: int) -> PackageName | None:
@@ -109,7 +129,12 @@ class PackagesTree:
         return name
 
     def _name(self, text: str) -> PackageName | None:
-        return self._catalog.package_name(text) or self._unpublished(text)
+        known = self._catalog.package_name(text)
+        if known is not None and known.latest_version:
+            return known
+        unpublished = self._unpublished(text)
+        # Of a NAME whose versions are all deleted, owner and mode stay for those to come.
+        return unpublished and (known or unpublished)
 
     def _unpublished(self, text: str) -> PackageName | None:
         """packages/NAME answers as soon as ingest/NAME exists, with the owner and mode it will keep."""
@@ -134,12 +159,17 @@ class PackagesTree:
         above = self.name_of(parent)
         if above is not None and name == LATEST and above.latest_version:
             return self._of_latest(above)
+        if above is not None:
+            tag = self._catalog.tag(above.name, name.decode("ascii", "replace"))
+            if tag is not None and tag.inode:
+                return self._of_tag(tag)
         return absent(ABSENT_SECONDS)
 
     def parent(self, inode: int) -> int:
         """The directory above a directory."""
         entry = self._catalog.entry(inode)
-        return PACKAGES if entry is None else entry.parent_id
+        # The root of a deleted package hangs below nothing.
+        return PACKAGES if entry is None or entry.parent_id < 0 else entry.parent_id
 
     def children(self, inode: int, after: int) -> Iterator[Child]:
         """The entries of a directory with a cookie above `after`."""
@@ -152,13 +182,27 @@ class PackagesTree:
         above = self.name_of(inode)
         if above is not None and above.latest_version and after < 1:
             yield 1, LATEST, self._of_latest(above)
+        if above is not None:
+            yield from merge(self._versions(inode, after), self._tags(above.name, after), key=itemgetter(0))
+            return
+        while entries := self._catalog.children(inode, after, PAGE):
+            for entry in entries:
+                yield entry.entry_id, entry.name, of_entry(entry)
+            after = entries[-1].entry_id
+
+    def _versions(self, inode: int, after: int) -> Iterator[Child]:
         while entries := self._catalog.children(inode, after, PAGE):
             for entry in entries:
                 attributes = of_entry(entry)
-                if above is not None:
-                    attributes.entry_timeout = attributes.attr_timeout = CHANGING_SECONDS
+                attributes.entry_timeout = attributes.attr_timeout = CHANGING_SECONDS
                 yield entry.entry_id, entry.name, attributes
             after = entries[-1].entry_id
+
+    def _tags(self, name: str, after: int) -> Iterator[Child]:
+        """In order of their cookies, which are inode numbers as those of the versions are."""
+        for tag in sorted(self._catalog.tags(name), key=attrgetter("inode")):
+            if tag.inode > after:
+                yield tag.inode, tag.tag.encode(), self._of_tag(tag)
 
     # contents
 
@@ -170,7 +214,9 @@ class PackagesTree:
                 raise NotASymlink("not a symbolic link")
             return entry.target
         name = self.name_of(inode)
-        if name is None or inode != name.latest_inode or not name.latest_version:
+        if name is None:
+            return self._tag(inode).version.encode()
+        if inode != name.latest_inode or not name.latest_version:
             raise NotFound("no such symbolic link")
         return name.latest_version.encode()
 

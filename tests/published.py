@@ -52,9 +52,14 @@ class PublishedStore:
     async def create(self) -> PublishedStore:
         self.config.store.state_dir.mkdir()
         create_catalog(self.catalog_path)
+        for settings in self.config.backends.values():
+            await create_backend(settings)
+        return self.reopen()
+
+    def reopen(self) -> PublishedStore:
+        """Go on after `aclose`."""
         self._database = open_writer(self.catalog_path, synchronous="OFF").conn
         for backend_id, settings in self.config.backends.items():
-            await create_backend(settings)
             self.backends[backend_id] = open_backend(settings)
         self.reader = CatalogReader(self.catalog_path)
         return self

@@ -205,6 +205,12 @@ class CacheFiles:
                 os.rmdir(folder)
         return files, freed
 
+    def forget(self, summary: BlobSummary) -> None:
+        """Remove what is cached of one blob. What cannot be removed is evicted in its time."""
+        for start in range(0, summary.size_bytes, segment_bytes(summary.block_size_bytes)):
+            with suppress(OSError):
+                os.unlink(os.path.join(self.blocks, _name(summary, start)))
+
     def _folders(self) -> Iterator[str]:
         for algorithm in _names(self.blocks, _ALGORITHM):
             yield algorithm

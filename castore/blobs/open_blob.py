@@ -12,7 +12,7 @@ from castore.blobs.flights import MAX_GET_BYTES, Flights
 from castore.blobs.memory import KnownBlob, Span
 from castore.blobs.pattern import GET_BYTES, ReadPattern, refill_bytes
 from castore.catalog.records import Blob
-from castore.digest import block_checksum
+from castore.digest import Digest, block_checksum
 from castore.errors import CastoreError
 
 _WIDER_FLIGHTS: Final = 2
@@ -32,7 +32,17 @@ class OpenBlob:
     were asked for, and whether a backend had to give some of what memory has of them.
     """
 
-    __slots__ = ("_ahead", "_blob", "_block_count", "_flights", "_known", "_on_first_read", "_pattern", "_streaming")
+    __slots__ = (
+        "__weakref__",
+        "_ahead",
+        "_blob",
+        "_block_count",
+        "_flights",
+        "_known",
+        "_on_first_read",
+        "_pattern",
+        "_streaming",
+    )
 
     def __init__(
         self,
@@ -49,6 +59,11 @@ class OpenBlob:
         self._block_count = -(-known.size_bytes // known.block_size)
         self._streaming = False
         self._ahead: list[Span] = []
+
+    @property
+    def digest(self) -> Digest:
+        """Of all its bytes."""
+        return self._blob.summary.digest
 
     async def read(self, offset: int, length: int) -> bytes | memoryview:
         """The bytes from `offset` on: `length` of them, fewer only at the end of the blob, none beyond it.

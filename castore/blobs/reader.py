@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import trio
 
@@ -51,6 +51,7 @@ class BlobReader:
         self._flights = Flights(fetcher, self._memory, self.stats, cache)
         # By what the bytes and their checks are, never by blob_id: that may be given anew after its blob was deleted.
         self._known: WeakValueDictionary[tuple[Digest, int, str], KnownBlob] = WeakValueDictionary()
+        self._handles: WeakSet[OpenBlob] = WeakSet()
         self._siblings = None if following is None else SiblingFlights(self._flights, following, self._known_of)
 
     @property
@@ -78,6 +79,10 @@ class BlobReader:
         """Whether bytes are on their way from a backend, asked for or ahead of it."""
         return self._memory.in_flight_bytes > 0
 
+    def open_digests(self) -> set[Digest]:
+        """The blobs that somebody has open."""
+        return {handle.digest for handle in self._handles}
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Fetch what reads ask for, until cancelled. Before and after it only what is in memory can be read."""
         async with trio.open_nursery() as nursery:
@@ -96,7 +101,9 @@ class BlobReader:
         on_first_read = None
         if self._siblings is not None and place is not None and blob.summary.size_bytes <= SIBLING_BYTES:
             on_first_read = partial(self._siblings.read, place)
-        return OpenBlob(blob, self._known_of(blob), self._flights, on_first_read)
+        handle = OpenBlob(blob, self._known_of(blob), self._flights, on_first_read)
+        self._handles.add(handle)
+        return handle
 
     def _known_of(self, blob: Blob) -> KnownBlob:
         summary = blob.summary

@@ -27,7 +27,10 @@ WHERE here.backend_id = :source AND here.status IN ('stored', 'verified') AND NO
     AND there.status IN ('stored', 'verified', 'deleting'))
 """
 _IN_A_FILE: Final = "EXISTS (SELECT 1 FROM entries WHERE entries.blob_id = here.blob_id AND entries.blob_id <> 0)"
-_A_MANIFEST: Final = "EXISTS (SELECT 1 FROM packages WHERE manifest_blob_id = here.blob_id)"
+_A_MANIFEST: Final = (
+    "(EXISTS (SELECT 1 FROM packages WHERE manifest_blob_id = here.blob_id) "
+    "OR EXISTS (SELECT 1 FROM deleted_packages WHERE manifest_blob_id = here.blob_id))"
+)
 _ROW: Final = "SELECT here.blob_id, algorithm, digest, size_bytes, status, stored_at_ns"
 
 _PACKAGE: Final = "SELECT package_id, name || '/' || version, root_id, manifest_blob_id FROM packages"

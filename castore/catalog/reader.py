@@ -18,6 +18,7 @@ from castore.catalog.records import (
     Package,
     PackageName,
     StoredProbe,
+    Tag,
     Use,
 )
 from castore.catalog.uses import paths_of
@@ -35,6 +36,7 @@ _PACKAGE: Final = (
     "package_id, name, version, root_id, producer, retention_class, publisher_uid, published_at_ns, file_count, "
     "packages.size_bytes, blobs.algorithm, blobs.digest, backend_ids"
 )
+_TAG: Final = "name, tag, version, inode, set_at_ns FROM package_tags"
 _PACKAGE_FROM: Final = "FROM packages JOIN blobs ON blobs.blob_id = packages.manifest_blob_id"
 
 
@@ -162,12 +164,30 @@ class CatalogReader:
         return [PackageName(*row) for row in rows]
 
     def package(self, name: str, version: str) -> Package | None:
-        """One published package; `latest` is the version published last."""
+        """One published package; `latest` is the version published last or pinned, a tag the one it points to."""
         if version == "latest":
             known = self.package_name(name)
             version = known.latest_version if known else ""
+        elif (tag := self.tag(name, version)) is not None:
+            version = tag.version
         row = self._one(f"SELECT {_PACKAGE} {_PACKAGE_FROM} WHERE name = ? AND version = ?", name, version)
         return None if row is None else _package(row)
+
+    def tag(self, name: str, tag: str) -> Tag | None:
+        """A tag of a NAME; `latest` when it is pinned."""
+        row = self._one(f"SELECT {_TAG} WHERE name = ? AND tag = ?", name, tag)
+        return None if row is None else Tag(*row)
+
+    def tag_by_inode(self, inode: int) -> Tag | None:
+        """The tag whose link has that inode."""
+        row = self._one(f"SELECT {_TAG} WHERE inode = ? AND inode <> 0", inode)
+        return None if row is None else Tag(*row)
+
+    def tags(self, name: str | None = None) -> list[Tag]:
+        """The tags of a NAME, or of all, in order of text; the pin of `latest` among them."""
+        if name is None:
+            return [Tag(*row) for row in self._rows(f"SELECT {_TAG} ORDER BY name, tag")]
+        return [Tag(*row) for row in self._rows(f"SELECT {_TAG} WHERE name = ? ORDER BY tag", (name,))]
 
     def package_by_root(self, root_id: int) -> Package | None:
         """The package whose root directory has that inode."""

@@ -118,6 +118,17 @@ class PackageName:
 
 
 @dataclass(frozen=True, slots=True)
+class Tag:
+    """A link beside the versions of a NAME. `inode` is 0 for the pin of `latest`, which has one of its own."""
+
+    name: str
+    tag: str
+    version: str
+    inode: int
+    set_at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Package:
     """One published NAME/VERSION."""
 

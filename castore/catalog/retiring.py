@@ -21,10 +21,15 @@ _PACKAGES_AT_ONCE: Final = 5000
 _LOOKED_AT: Final = 100_000
 """Locations looked at by one query, so that a Ctrl-C is heard."""
 
-_NEEDED: Final = (
-    "(EXISTS (SELECT 1 FROM entries WHERE entries.blob_id = here.blob_id AND entries.blob_id <> 0) "
-    "OR EXISTS (SELECT 1 FROM packages WHERE manifest_blob_id = here.blob_id))"
+_IN_A_PACKAGE: Final = (
+    "EXISTS (SELECT 1 FROM entries WHERE entries.blob_id = here.blob_id AND entries.blob_id <> 0) "
+    "OR EXISTS (SELECT 1 FROM packages WHERE manifest_blob_id = here.blob_id) "
+    "OR EXISTS (SELECT 1 FROM deleted_packages WHERE manifest_blob_id = here.blob_id"
 )
+NEEDED: Final = f"({_IN_A_PACKAGE}))"
+"""Of the row `here`: packages need the blob, those among them that are deleted and can be restored."""
+# The manifest of a package that is purged is to go everywhere: also where nobody can delete it any more.
+_NEEDED: Final = f"({_IN_A_PACKAGE} AND NOT is_purging))"
 _ELSEWHERE: Final = (
     "EXISTS (SELECT 1 FROM storage_locations AS other WHERE other.blob_id = here.blob_id "
     "AND other.status IN ('stored', 'verified') AND other.backend_id IN (SELECT value FROM json_each(:kept)))"
@@ -48,6 +53,7 @@ class RetireReader(ConditionReader):
         for sql in (
             "SELECT DISTINCT backend_id FROM storage_locations WHERE status = 'deleting'",
             "SELECT DISTINCT backend_id FROM put_intents",
+            "SELECT DISTINCT backend_id FROM deletions",
             "SELECT backend_id FROM backend_probes",
             "SELECT DISTINCT value FROM (SELECT DISTINCT backend_ids FROM packages), json_each(backend_ids)",
         ):
@@ -123,6 +129,6 @@ def forget_in_packages(execute: Execute, backend_id: str, kept: Collection[str],
 
 
 def forget_rest(execute: Execute, backend_id: str) -> None:
-    """The intents of a backend, and what its last probe found."""
-    for table in ("put_intents", "backend_probes"):
+    """The intents and deletions of a backend, and what its last probe found."""
+    for table in ("put_intents", "deletions", "backend_probes"):
         execute(f"DELETE FROM {table} WHERE backend_id = ?", (backend_id,))

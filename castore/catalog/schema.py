@@ -32,7 +32,7 @@ from typing import Final
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 """`PRAGMA user_version` of a catalog that has every migration below."""
 
 catalog_migrations = Migrations("castore.catalog")
@@ -216,6 +216,66 @@ _TABLES_5: Final = (
 @catalog_migrations(name="0005_event_deliveries")
 def _fifth(db: Database) -> None:
     for statement in _TABLES_5:
+        db.execute(statement)
+
+
+_TABLES_6: Final = (
+    # Packages that were deleted and can be restored. Their entries are there; parent_id of their root is -root_id.
+    """CREATE TABLE deleted_packages (
+        deletion_id INTEGER PRIMARY KEY AUTOINCREMENT,  -- ascends in the order of deletion
+        name TEXT NOT NULL REFERENCES package_names (name),
+        version TEXT NOT NULL,                -- more than one of a NAME/VERSION, when it was published again
+        root_id INTEGER NOT NULL UNIQUE,      -- this and what follows as in packages
+        producer TEXT NOT NULL,               -- as in packages
+        retention_class TEXT NOT NULL,        -- as in packages
+        publisher_uid INTEGER NOT NULL,       -- as in packages
+        published_at_ns INTEGER NOT NULL,     -- as in packages
+        file_count INTEGER NOT NULL,          -- as in packages
+        size_bytes INTEGER NOT NULL,          -- as in packages
+        manifest_blob_id INTEGER NOT NULL REFERENCES blobs (blob_id),  -- as in packages
+        backend_ids TEXT NOT NULL,            -- as in packages
+        deleted_at_ns INTEGER NOT NULL,       -- from when on the grace counts
+        deleted_by_uid INTEGER NOT NULL,      -- who asked for it, or ran the rules of retention
+        is_purging INTEGER NOT NULL           -- 1: its manifest may be gone, so that it cannot be restored
+    )""",
+    "CREATE INDEX deleted_by_manifest ON deleted_packages (manifest_blob_id)",
+    "CREATE INDEX deleted_by_name ON deleted_packages (name, version)",
+    # Objects that are about to be deleted, or may have been. A put of one waits until its row is gone.
+    """CREATE TABLE deletions (
+        algorithm TEXT NOT NULL,              -- of the digest
+        digest BLOB NOT NULL,                 -- 32 raw bytes
+        backend_id TEXT NOT NULL,             -- where
+        size_bytes INTEGER NOT NULL,          -- of the blob; of an orphan as the backend says
+        is_orphan INTEGER NOT NULL,           -- 0: it has a location, whose status is 'deleting'
+        begun_at_ns INTEGER NOT NULL,         -- no request to delete it is sent later than a while after that
+        PRIMARY KEY (digest, algorithm, backend_id)
+    ) WITHOUT ROWID""",
+    # Links beside the versions of a NAME, and the pin of its `latest`.
+    """CREATE TABLE package_tags (
+        name TEXT NOT NULL REFERENCES package_names (name),
+        tag TEXT NOT NULL,                    -- as a VERSION may be, or 'latest'
+        version TEXT NOT NULL,                -- which it points to
+        inode INTEGER NOT NULL,               -- of the link packages/NAME/TAG, new with each change; 0 for latest
+        set_at_ns INTEGER NOT NULL,           -- when it came to point there
+        PRIMARY KEY (name, tag)
+    ) WITHOUT ROWID""",
+    "CREATE UNIQUE INDEX tags_by_inode ON package_tags (inode) WHERE inode <> 0",
+    # Every change of a tag.
+    """CREATE TABLE tag_changes (
+        change_id INTEGER PRIMARY KEY AUTOINCREMENT,  -- ascends in the order of changes
+        name TEXT NOT NULL,
+        tag TEXT NOT NULL,                    -- 'latest' for its pin
+        version TEXT NOT NULL,                -- '' when the tag was removed
+        changed_at_ns INTEGER NOT NULL,       -- when
+        changed_by_uid INTEGER NOT NULL       -- by whom
+    )""",
+    "CREATE INDEX tag_changes_by_tag ON tag_changes (name, tag)",
+)
+
+
+@catalog_migrations(name="0006_deletion_and_tags")
+def _sixth(db: Database) -> None:
+    for statement in _TABLES_6:
         db.execute(statement)
 
 

@@ -98,6 +98,10 @@ class TinyBlobs:
         finally:
             self.close()
 
+    def forget(self, digest: Digest) -> None:
+        """Forget one blob. Raises StateError."""
+        self._write("DELETE FROM tiny WHERE digest = ?", (digest.raw,))
+
     def clear_and_close(self) -> int:
         """Forget all blobs; how many they were. Raises StateError."""
         try:

@@ -19,8 +19,9 @@ import trio
 from castore.catalog import delivery, retiring
 from castore.catalog.connection import open_writer, sqlite_errors
 from castore.catalog.records import GOOD_STATUSES, FailureReason, LocationStatus, StoredProbe
-from castore.catalog.uses import packages_of
+from castore.catalog.uses import Execute, packages_of
 from castore.digest import SHA256_BLOCKS, BlobSummary, Digest
+from castore.errors import DeletionUnderWay
 from castore.events import Event, data_json
 
 T = TypeVar("T")
@@ -34,6 +35,8 @@ class Transaction:
     def __init__(self, connection: Any) -> None:
         self._connection = connection
         self._execute = connection.execute
+        self.execute: Execute = connection.execute
+        """For the other modules of `castore.catalog`, which hold the changes of one concern each."""
 
     # numbers
 
@@ -47,13 +50,31 @@ class Transaction:
     # intents
 
     def add_intents(self, pairs: Iterable[tuple[Digest, str]], *, owner: str) -> None:
-        """Record that puts of (digest, backend id) are about to begin; `owner` is this process's UUID."""
+        """Record that puts of (digest, backend id) are about to begin; `owner` is this process's UUID.
+
+        Raises DeletionUnderWay, and records none, when one of them is being deleted: see `being_deleted`.
+        """
         now = time.time_ns()
+        pairs = list(pairs)
+        self._check_not_deleting(pairs)
         self._connection.executemany(
             "INSERT INTO put_intents VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT DO UPDATE SET owner = excluded.owner, created_at_ns = excluded.created_at_ns",
             [(digest.algorithm, digest.raw, backend_id, owner, now) for digest, backend_id in pairs],
         )
+
+    def being_deleted(self, pairs: Iterable[tuple[Digest, str]]) -> set[tuple[Digest, str]]:
+        """Those of (digest, backend id) that garbage collection deletes just now: a put has to wait for that."""
+        sql = "SELECT 1 FROM deletions WHERE digest = ? AND algorithm = ? AND backend_id = ?"
+        return {
+            (digest, backend_id)
+            for digest, backend_id in pairs
+            if self._execute(sql, (digest.raw, digest.algorithm, backend_id)).fetchone() is not None
+        }
+
+    def _check_not_deleting(self, pairs: Iterable[tuple[Digest, str]]) -> None:
+        for digest, backend_id in self.being_deleted(pairs):
+            raise DeletionUnderWay(f"backend {backend_id}: {digest} is being deleted just now; try again")
 
     def drop_intents(self, pairs: Iterable[tuple[Digest, str]]) -> None:
         """Forget intents of puts of which nothing unfinished is left in the backend."""
@@ -122,8 +143,13 @@ class Transaction:
         return {row[0] for row in rows}
 
     def add_locations(self, stored: Iterable[tuple[BlobSummary, str]]) -> None:
-        """Each (blob, backend id) was acknowledged: the location becomes `stored` and its intent goes."""
+        """Each (blob, backend id) was acknowledged: the location becomes `stored` and its intent goes.
+
+        Raises DeletionUnderWay when one of them is being deleted: then there was no intent before its put.
+        """
         now = time.time_ns()
+        stored = list(stored)
+        self._check_not_deleting((summary.digest, backend_id) for summary, backend_id in stored)
         for summary, backend_id in stored:
             self._execute(
                 "INSERT INTO storage_locations VALUES (?, ?, 'stored', '', ?, 0) ON CONFLICT DO UPDATE "
@@ -139,9 +165,11 @@ class Transaction:
         """
         cursor = self._execute(
             "INSERT INTO storage_locations SELECT blob_id, ?, 'stored', '', ?, 0 FROM blobs "
-            "WHERE digest = ? AND algorithm = ? ON CONFLICT DO UPDATE "
+            "WHERE digest = ? AND algorithm = ? AND NOT EXISTS (SELECT 1 FROM deletions "
+            "  WHERE deletions.digest = blobs.digest AND deletions.algorithm = blobs.algorithm AND backend_id = ?) "
+            "ON CONFLICT DO UPDATE "
             "SET status = 'stored', reason = '', stored_at_ns = excluded.stored_at_ns WHERE status = 'failed'",
-            (backend_id, time.time_ns(), digest.raw, digest.algorithm),
+            (backend_id, time.time_ns(), digest.raw, digest.algorithm, backend_id),
         )
         self.drop_intents([(digest, backend_id)])
         return bool(cursor.rowcount)
@@ -252,7 +280,8 @@ class Transaction:
         """
         row = self._execute(
             "INSERT INTO package_names VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE "
-            "SET mtime_ns = excluded.mtime_ns, latest_version = excluded.latest_version RETURNING inode",
+            "SET mtime_ns = excluded.mtime_ns, latest_version = coalesce((SELECT version FROM package_tags AS pin "
+            "  WHERE pin.name = excluded.name AND tag = 'latest'), excluded.latest_version) RETURNING inode",
             (name, inode, latest_inode, uid, gid, mode, now_ns, version),
         ).fetchone()
         return int(row[0])

@@ -12,6 +12,7 @@ from castore.cli import events_deliver
 from castore.cli.output import format_time_ns, json_line, printable
 from castore.cli.session import Session, common_options
 from castore.errors import ConfigError
+from castore.events import LOCATION_DELETED
 
 if TYPE_CHECKING:
     from castore.api.event_feed import Start
@@ -99,13 +100,20 @@ def _words(event: Event) -> str:
     """What a person wants to know of the data of any type."""
     data: dict[str, Any] = event.data
     backend_id = data.get("backend_id")
+    if "restorable_until_ns" in data:
+        return f"{data['file_count']} files, can be restored until {format_time_ns(data['restorable_until_ns'])}"
+    if event.type == LOCATION_DELETED:
+        return printable(f"deleted ({data['reason']}) in {backend_id}")
     if data.get("reason"):
         return printable(f"failed ({data['reason']}) in {backend_id}")
+    if "tag" in data:
+        return f"-> {data['version']}" if data["version"] else "removed"
     if "status" in data:
         return printable(f"{data['status']} in {backend_id}")
     if "source_backend_id" in data:
         source_id = data["source_backend_id"]
         return printable(f"copied from {source_id} to {backend_id}" if source_id else f"stored in {backend_id}")
     if "file_count" in data:
-        return printable(f"{data['file_count']} files in {', '.join(data.get('backend_ids', []))}")
+        where = f" in {', '.join(data['backend_ids'])}" if "backend_ids" in data else ""
+        return printable(f"{data['file_count']} files{where}")
     return ""

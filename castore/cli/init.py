@@ -89,6 +89,17 @@ default = "local"
 # rate = "20MiB/s"                # at most so much in a second, and after those who read
 # backends = []                   # only these; none named: all
 
+[retention]
+# restore_within = "7d"           # a deleted package can be restored for so long; garbage collection removes it then
+# orphans_after = "1d"            # objects that nothing needs are kept for so long after they were stored
+# [[retention.rules]]             # for `castore retention apply`; the first match wins, without one all is kept
+# retention_class = "nightly"     # shell-style patterns: retention_class, name, producer
+# keep_for = "90d"
+# keep_last = 5                   # of each NAME, whatever their age
+# [[retention.rules]]
+# retention_class = "release"
+# keep = "forever"
+
 [http]
 # listen = "127.0.0.1:8750"
 

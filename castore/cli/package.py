@@ -12,8 +12,10 @@ import click
 from castore.api.control_client import ControlClient
 from castore.cli.output import format_bytes, format_time_ns, print_columns, print_json, printable, text_fields
 from castore.cli.package_compare import diff, sums
+from castore.cli.package_delete import delete, deleted, restore
 from castore.cli.package_export import export_package
 from castore.cli.package_import import import_package
+from castore.cli.package_tag import tag
 from castore.cli.parameters import DURATION, SIZE
 from castore.cli.progress import progress
 from castore.cli.session import Session, common_options, json_option
@@ -162,7 +164,7 @@ def publish(session: Session, ref: str, as_json: bool) -> None:
         click.echo(f"published {ref}")
 
 
-for _part in (import_package, export_package, sums, diff):
+for _part in (import_package, export_package, sums, diff, delete, restore, deleted, tag):
     command.add_command(_part)
 
 

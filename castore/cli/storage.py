@@ -9,6 +9,7 @@ import click
 
 from castore.cli.output import format_bytes, format_time_ns, print_columns, print_json, printable
 from castore.cli.session import Session, common_options, json_option
+from castore.cli.storage_gc import gc
 from castore.cli.storage_probe import probe
 from castore.cli.storage_repair import repair
 from castore.cli.storage_replicate import replicate
@@ -35,6 +36,7 @@ command.add_command(repair)
 command.add_command(probe)
 command.add_command(replicate)
 command.add_command(retire)
+command.add_command(gc)
 
 
 @command.command("backends")

@@ -12,6 +12,7 @@ from castore.cli.long_run import INTERRUPTED, LongRun, Snapshot
 from castore.cli.output import format_bytes, json_line, printable, text_fields
 from castore.cli.session import Session, common_options
 from castore.cli.storage_choice import backend_option, choice_options, choose_backends, limit_options, make_choice
+from castore.cli.storage_orphans import list_orphans
 
 if TYPE_CHECKING:
     from castore.catalog.reader import CatalogReader
@@ -35,6 +36,7 @@ PATHS_NAMED: Final = 20
 @backend_option
 @choice_options
 @limit_options
+@click.option("--orphans", is_flag=True, help="Read nothing: list the objects that the catalog does not know.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON document for each location, and one that sums up.")
 @common_options
 @click.pass_obj
@@ -45,6 +47,7 @@ def verify(
     time_limit: float | None,
     max_bytes: int | None,
     rate: int | None,
+    orphans: bool,
     as_json: bool,
     **options: Any,
 ) -> int:
@@ -62,6 +65,10 @@ def verify(
 
     config = session.config()
     chosen = choose_backends(config, names)
+    if orphans:
+        if any((time_limit, max_bytes, rate, *options.values())):
+            raise click.UsageError("--orphans lists whole backends: it takes no choice and no limit")
+        return list_orphans(config, {key: open_backend(settings) for key, settings in chosen.items()}, as_json)
     with ScrubReader(config.store.catalog_path) as reader:
         choice = make_choice(reader, **options)
         backends = {backend_id: open_backend(settings) for backend_id, settings in chosen.items()}

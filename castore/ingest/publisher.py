@@ -18,6 +18,7 @@ from typing import Final
 
 import trio
 
+from castore.catalog import tagging
 from castore.catalog.records import Kind
 from castore.catalog.workspace import Publishing, WorkspaceStore
 from castore.catalog.writer import CatalogWriter, Transaction
@@ -247,9 +248,8 @@ class Publisher:
             log.error("%s/%s is published, but its staging is not cleared: %s", name, version, exc)
 
     async def check_absent(self, name: str, version: str) -> None:
-        """Raise PackageExists when that version is published."""
-        if await self._writer.run(lambda transaction: transaction.package_exists(name, version)):
-            raise PackageExists(f"{name}/{version} is published already")
+        """Raise PackageExists when that version is published, or a tag has its name."""
+        await self._writer.run(lambda transaction: _check_absent(transaction, name, version))
 
     def _place(self, version_inode: int) -> tuple[str, str]:
         """(NAME, VERSION) in ingest/. Raises NotFound also when the directory is no version any more."""
@@ -332,8 +332,7 @@ class Publisher:
         inode, latest_inode = names
 
         def work(transaction: Transaction) -> int:
-            if transaction.package_exists(draft.name, draft.version):
-                raise PackageExists(f"{draft.name}/{draft.version} is published already")
+            _check_absent(transaction, draft.name, draft.version)
             for backend_id in draft.backend_ids:
                 lost = transaction.unstored_file(draft.root.inode, backend_id)
                 if lost:
@@ -429,6 +428,13 @@ class Publisher:
         pairs = [(digest, backend_id) for backend_id in backend_ids]
         await self._writer.run(lambda transaction: transaction.drop_intents(pairs))
         self._store.end_publishing(publishing.version_inode, publishing.manifest)
+
+
+def _check_absent(transaction: Transaction, name: str, version: str) -> None:
+    if transaction.package_exists(name, version):
+        raise PackageExists(f"{name}/{version} is published already")
+    if tagging.tag(transaction, name, version) is not None:
+        raise PackageExists(f"{version} is a tag of {name}, so no version can have that name")
 
 
 async def _wait_then_cancel(wait: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:

@@ -98,6 +98,7 @@ class Ingest:
             files=self.files,
             leftovers=self.leftovers,
             owner=self._owner,
+            gc_lock=config.store.gc_lock_path,
         )
         self.expiry = ExpiryWatch(self.store, files=self.files, after_seconds=config.ingest.expire_after_seconds)
         self.publisher = Publisher(

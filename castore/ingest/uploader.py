@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 import trio
@@ -19,13 +20,23 @@ from castore.catalog.reader import CatalogReader
 from castore.catalog.workspace import WorkspaceStore
 from castore.catalog.writer import CatalogWriter, Transaction
 from castore.digest import BlobSummary, Digest
-from castore.errors import CastoreError, ConfigError, NotFound, SourceChanged, StateError, StorageError, to_text
+from castore.errors import (
+    CastoreError,
+    ConfigError,
+    DeletionUnderWay,
+    NotFound,
+    SourceChanged,
+    StateError,
+    StorageError,
+    to_text,
+)
 from castore.failpoint import failpoint
 from castore.ingest.files import StagedFiles
 from castore.ingest.labels import LabelReader
 from castore.ingest.leftovers import Leftovers
 from castore.ingest.pulse import Signal
 from castore.ingest.rate import RateWindow
+from castore.registry.deletion import take_over
 from castore.registry.locations import record_stored
 from castore.registry.routing import Route, Router
 from castore.storage.source import FileSource
@@ -41,6 +52,10 @@ IN_FLIGHT_FILES: Final = 256
 """Files picked and not yet stored or failed; bounds what the uploader remembers."""
 WORKERS: Final = 8
 """Puts at a time: on the local backend more than 8 gain nothing, on a remote one 8 hide its latency."""
+DELETION_SECONDS: Final = 20.0
+"""How long a put waits for the end of a deletion of the same object, which takes as long as a delete; then it fails for
+now, as other puts do, and is tried again."""
+DELETION_POLL_SECONDS: Final = 0.05
 RETRY_SECONDS_MIN: Final = 1.0
 RETRY_SECONDS_MAX: Final = 60.0
 """Files that failed for now are tried again after this long, doubling from the first to the last. What failed for good
@@ -66,6 +81,8 @@ class _Upload:
     """Those under way."""
     is_wanted: bool = True
     """Whether any file waits for it, as far as is known."""
+    deleting: set[str] = field(default_factory=set)
+    """The backends where the object was being deleted when the intents were committed, so that there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +110,9 @@ class Uploader:
         files: StagedFiles,
         leftovers: Leftovers,
         owner: str,
+        gc_lock: Path,
     ) -> None:
+        self._gc_lock = gc_lock
         self._store = store
         self._catalog = catalog
         self._writer = writer
@@ -212,10 +231,11 @@ class Uploader:
             good = transaction.good_backends(upload.summary.digest) & upload.missing
             upload.stored.extend(good)
             upload.missing -= good
-        transaction.add_intents(
-            ((upload.summary.digest, backend_id) for upload in uploads for backend_id in upload.missing),
-            owner=self._owner,
-        )
+        pairs = [(upload.summary.digest, backend_id) for upload in uploads for backend_id in upload.missing]
+        deleting = transaction.being_deleted(pairs)
+        for upload in uploads:
+            upload.deleting = {backend_id for digest, backend_id in deleting if digest == upload.summary.digest}
+        transaction.add_intents((pair for pair in pairs if pair not in deleting), owner=self._owner)
 
     # put
 
@@ -248,9 +268,11 @@ class Uploader:
             with trio.CancelScope() as scope:
                 upload.puts.add(scope)
                 try:
+                    if backend_id in upload.deleting:
+                        await self._wait_deleted(upload.summary.digest, backend_id)
                     source = FileSource(self._files.path(upload.inodes[0]), upload.summary)
                     await self._backends[backend_id].put(upload.summary.digest, source)
-                except StorageError as exc:
+                except (StorageError, StateError) as exc:
                     return exc
                 finally:
                     upload.puts.discard(scope)
@@ -259,6 +281,23 @@ class Uploader:
                     return None
         # Also when all was put: the source checks what it reads against short checksums, which can be forged.
         return SourceChanged("the file was changed or removed while it was put")
+
+    async def _wait_deleted(self, digest: Digest, backend_id: str) -> None:
+        """Until garbage collection has deleted the object; then there is an intent.
+
+        Raises DeletionUnderWay when that takes long, StorageError and StateError.
+        """
+        end = trio.current_time() + DELETION_SECONDS
+        while True:
+            try:
+                return await self._writer.run(
+                    lambda transaction: transaction.add_intents([(digest, backend_id)], owner=self._owner)
+                )
+            except DeletionUnderWay:
+                if trio.current_time() > end:
+                    raise
+            if not await take_over(self._writer, self._backends[backend_id], digest, self._gc_lock):
+                await trio.sleep(DELETION_POLL_SECONDS)
 
     # commit
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Final, TypeVar
 
 import trio
@@ -48,11 +49,11 @@ async def commit_batches(findings: trio.MemoryReceiveChannel[T], commit: Callabl
         raise
 
 
-async def transact(writer: CatalogWriter, work: Callable[[Transaction], T]) -> T:
+async def transact(writer: CatalogWriter, work: Callable[[Transaction], T], *, workspace: Path | None = None) -> T:
     """One transaction, tried again while another process holds the write lock. Raises StateError."""
     for _ in range(COMMIT_TRIES - 1):
         try:
-            return await writer.run(work)
+            return await writer.run(work, workspace=workspace)
         except CatalogBusy:
             continue
-    return await writer.run(work)
+    return await writer.run(work, workspace=workspace)

@@ -230,6 +230,8 @@ class Replication:
     def _begin(self, batch: list[LocationRow], transaction: Transaction) -> set[Digest]:
         target_id = self._target.backend_id
         wanted = {row.digest for row in batch if target_id not in transaction.good_backends(row.digest)}
+        # What is being deleted there is left to the next run.
+        wanted -= {digest for digest, _ in transaction.being_deleted((digest, target_id) for digest in wanted)}
         transaction.add_intents(((digest, target_id) for digest in wanted), owner=self._owner)
         return wanted
 
