@@ -83,6 +83,7 @@ def test_the_wheel_holds_the_code_and_what_goes_beside_it(built: Distribution) -
     assert packed == code(built.tracked)
     assert {"castore/py.typed", "castore/api/page_files/style.css"} <= packed
     beside = {f"share/castore/systemd/{Path(name).name}" for name in built.tracked if name.startswith("docs/systemd/")}
+    beside.add("share/man/man1/castore.1")
     assert {name.removeprefix(data) for name in names if name.startswith(data)} == beside
     assert f"{info}licenses/LICENSE" in names
 

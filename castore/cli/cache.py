@@ -43,7 +43,10 @@ def command() -> None:
 @common_options
 @click.pass_obj
 def show(session: Session, as_json: bool) -> None:
-    """Show where the cache is, what it holds and what it may hold."""
+    """Show where the cache is, what it holds and what it may hold.
+
+    Example: castore cache show
+    """
     from castore.blobs.cache_files import CacheFiles
     from castore.blobs.disk_cache import same_disk_backends
     from castore.catalog.tiny import TinyBlobs
@@ -90,7 +93,10 @@ def show(session: Session, as_json: bool) -> None:
 @common_options
 @click.pass_obj
 def clear(session: Session, as_json: bool) -> None:
-    """Remove all that is cached, and nothing else. Mounts go on, and fetch again what is read."""
+    """Remove all that is cached, and nothing else. Mounts go on, and fetch again what is read.
+
+    Example: castore cache clear
+    """
     from castore.blobs.cache_files import CacheFiles
     from castore.catalog.tiny import TinyBlobs
 
@@ -117,6 +123,8 @@ def warm(session: Session, ref: str, inside: str | None, as_json: bool) -> int:
     """Fetch all of the package REF that the cache lacks, so that reading it needs no backend.
 
     Exits with 1 when some file has no good copy of its bytes left, and with 2 when it does not fit.
+
+    Example: castore cache warm zlib/1.3 --path lib
     """
     from castore.blobs.disk_cache import open_disk_cache
     from castore.catalog.reader import CatalogReader

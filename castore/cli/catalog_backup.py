@@ -26,6 +26,8 @@ def backup(session: Session, file: Path, as_json: bool) -> int:
 
     The copy is read back and checked, then takes the place of FILE at once; until then an older backup stays. It is a
     catalog itself: to restore it, end the daemon and put it in the place of catalog.db.
+
+    Example: castore catalog backup /srv/backup/catalog.db
     """
     from castore.catalog.backup import BackupReader
 

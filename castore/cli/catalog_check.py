@@ -31,6 +31,8 @@ def check(session: Session, file: Path | None, as_json: bool) -> int:
 
     It may run beside a daemon and sees one moment. Objects are not looked at: `castore storage verify` does that.
     Exits with 1 when something is wrong; each line says what, where, and how to mend it.
+
+    Example: castore catalog check
     """
     from castore.catalog.checking import CheckReader
 

@@ -42,6 +42,8 @@ def rebuild(session: Session, backend_id: str, add: bool, as_json: bool) -> int:
     each, with --add from the second one on. Interrupted, it goes on when it is run again.
 
     Exits with 1 when something was refused or an object is missing, and with 2 when the backend could not be read.
+
+    Example: castore catalog rebuild --backend rgw
     """
     import trio
 

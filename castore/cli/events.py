@@ -42,7 +42,10 @@ _PAGE_EVENTS: Final = 500
 @common_options
 @click.pass_obj
 def command(session: Session, since: str | None, follow: bool, event_type: str, deliver: bool, as_json: bool) -> None:
-    """Show what happened, in order: packages published, locations stored, verified or failed."""
+    """Show what happened, in order: packages published, locations stored, verified or failed.
+
+    Example: castore events --since 1h --follow
+    """
     from castore.api.event_feed import document
     from castore.catalog.event_log import EventReader
 

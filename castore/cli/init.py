@@ -143,6 +143,8 @@ def command(session: Session, state_dir: Path | None, force: bool, as_json: bool
 
     It makes the place of each backend, too: a folder or a bucket. Run again, it creates what is missing and says what
     is there. A backend that cannot be made keeps nothing else from being made.
+
+    Example: castore init --state-dir ~/castore-demo
     """
     from castore.config import find_config, load_config, user_config_path
 

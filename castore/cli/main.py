@@ -24,7 +24,7 @@ _OUTPUT_CLOSED: Final = 128 + 13
 
 _COMMANDS: Final = (
     *("init", "mount", "umount", "status", "doctor"),
-    *("package", "storage", "retention", "events", "cache", "catalog", "serve"),
+    *("package", "storage", "retention", "events", "cache", "catalog", "serve", "completion"),
 )
 """Each is the object `command` of the module of that name, imported when it is needed."""
 

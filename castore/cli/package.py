@@ -99,7 +99,10 @@ def _is_wanted(
 @common_options
 @click.pass_obj
 def show(session: Session, ref: str, files: bool, as_json: bool) -> None:
-    """Show the package REF, written NAME/VERSION or NAME/latest: where it is stored, and what it shares with others."""
+    """Show the package REF, written NAME/VERSION or NAME/latest: where it is stored, and what it shares with others.
+
+    Example: castore package show zlib/latest --files
+    """
     from castore.catalog.package_tree import TreeReader
 
     name, version = parse_ref(ref, allow_latest=True)
@@ -144,7 +147,10 @@ def _storage_document(reader: TreeReader, package: Package) -> dict[str, Any]:
 @common_options
 @click.pass_obj
 def publish(session: Session, ref: str, as_json: bool) -> None:
-    """Wait until all of ingest/REF is stored, then publish it."""
+    """Wait until all of ingest/REF is stored, then publish it.
+
+    Example: castore package publish zlib/1.3
+    """
     name, version = parse_ref(ref)
     client = ControlClient(session.config().store.control_path)
     with progress(f"storing {ref}") as show_progress:

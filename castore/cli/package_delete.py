@@ -112,7 +112,10 @@ def restore(session: Session, ref: str, as_json: bool) -> None:
 @common_options
 @click.pass_obj
 def deleted(session: Session, as_json: bool) -> None:
-    """List the deleted packages that are not gone yet, in the order of their deletion."""
+    """List the deleted packages that are not gone yet, in the order of their deletion.
+
+    Example: castore package deleted
+    """
     from castore.catalog.deleting import DeletedReader
 
     config = session.config()

@@ -50,6 +50,8 @@ def import_package(
     """Publish the directory DIR as REF, written NAME/VERSION, without a mount.
 
     What was interrupted goes on with the same command: what is staged already, by size and time, is not copied again.
+
+    Example: castore package import /srv/zlib-1.3 zlib/1.3 --producer ci-7
     """
     from castore.ingest.bulk_order import ImportOrder
 

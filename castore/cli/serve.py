@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 @common_options
 @click.pass_obj
 def command(session: Session, listen: str | None, as_json: bool) -> None:
-    """Answer health checks and give out events over HTTP, without a mount, until told to end."""
+    """Answer health checks and give out events over HTTP, without a mount, until told to end.
+
+    Example: castore serve
+    """
     import trio
 
     from castore.catalog.reader import CatalogReader

@@ -48,8 +48,12 @@ def _keep_log_level(context: click.Context, _: click.Parameter, value: str | Non
         )
 
 
+def _keep_debug(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    _keep_log_level(context, parameter, "debug" if value else None)
+
+
 def common_options(command: _Command) -> _Command:
-    """Give a command `--config` and `--log-level`; their values go to the session."""
+    """Give a command `--config`, `--log-level` and `--debug`; their values go to the session."""
     config = click.option(
         "--config",
         metavar="PATH",
@@ -65,7 +69,14 @@ def common_options(command: _Command) -> _Command:
         expose_value=False,
         help="Log to standard error from this level on; debug adds a traceback to errors.",
     )
-    return config(log_level(command))
+    debug = click.option(
+        "--debug",
+        is_flag=True,
+        callback=_keep_debug,
+        expose_value=False,
+        help="The same as --log-level debug.",
+    )
+    return config(log_level(debug(command)))
 
 
 def json_option(command: _Command) -> _Command:

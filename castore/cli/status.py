@@ -26,6 +26,8 @@ def command(session: Session, as_json: bool) -> int:
     """Show the queue, the cache, mounts and failed locations.
 
     Exits with 1 when a stored object is known to be missing or damaged.
+
+    Example: castore status --json
     """
     store = session.config().store
     mounts = [

@@ -47,6 +47,8 @@ def backends(session: Session, as_json: bool) -> int:
     """List the backends: type, health, what the catalog says is stored there, and when each was last probed.
 
     Exits with 1 when one of them fails its probe.
+
+    Example: castore storage backends
     """
     import trio
 

@@ -35,6 +35,8 @@ def probe(session: Session, names: tuple[str, ...], as_json: bool) -> int:
 
     Works in a place of its own beside the objects, touches none of them, and leaves nothing. Exits with 1 when
     something that castore relies on is not given, and with 2 when that could not be found out.
+
+    Example: castore storage probe --backend rgw
     """
     import trio
 

@@ -41,6 +41,8 @@ def repair(session: Session, names: tuple[str, ...], directory: Path | None, as_
     They are taken from a good copy in another backend, else from the disk cache, else from DIR; checked as a whole
     before they are put, and read back afterwards. What turns out to be good is not touched. Exits with 1 when something
     has no good copy, and with 2 when a backend failed.
+
+    Example: castore storage repair
     """
     import trio
 

@@ -33,6 +33,8 @@ def replicate(session: Session, source_id: str, target_id: str, ref: str | None,
 
     What is there already is left out, so that a run which was interrupted goes on with the next one. Exits with 1 when
     an object is missing or wrong or some package is not whole in the new backend, and with 2 when a backend failed.
+
+    Example: castore storage replicate --from local --to rgw
     """
     import trio
 

@@ -28,6 +28,8 @@ def retire(session: Session, backend_id: str, is_sure: bool, as_json: bool) -> i
 
     Its objects stay where they are. Exits with 1, and changes nothing, when a package would lose its last good copy of
     something.
+
+    Example: castore storage retire --backend old --yes
     """
     from castore.registry.retirement import forget_backend, needs_of
 

@@ -55,6 +55,8 @@ def verify(
 
     What was never verified comes first, then what was verified longest ago: so a run that ends early is gone on with
     by the next one. Exits with 1 when an object is missing or wrong, and with 2 when one could not be reached.
+
+    Example: castore storage verify --backend s3 --older-than 30d
     """
     import trio
 

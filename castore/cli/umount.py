@@ -34,7 +34,10 @@ END_SECONDS: Final = 40.0
 @json_option
 @common_options
 def command(mountpoint: Path, force: bool, timeout: str, as_json: bool) -> None:
-    """Wait until all that is staged is stored, then unmount MNT."""
+    """Wait until all that is staged is stored, then unmount MNT.
+
+    Example: castore umount ~/store
+    """
     drain_seconds = _seconds(timeout)
     mount = _castore_mount(mountpoint)
     os.chdir("/")  # whoever calls this from inside of the mount: this process at least does not keep it busy

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
+import shlex
 import signal
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import trio
 
 from castore import __version__
 from castore.api.control import Report
+from castore.cli.main import root
 from castore.errors import PublishBusy
 from tests.cli.conftest import WAIT_SECONDS, Cli, Serve
+from tests.test_docs import parse_command
 
 COMMANDS: list[tuple[str, ...]] = [("init",), ("mount",), ("umount",), ("status",), ("package",)]
 COMMANDS += [("package", "list"), ("package", "show"), ("package", "publish")]
@@ -45,6 +52,30 @@ def test_help_of_a_command(cli: Cli, command: tuple[str, ...]) -> None:
     assert text.startswith(f"Usage: castore {' '.join(command)} ")
     assert "--config PATH" in text
     assert ("--json" in text) == (command not in (("package",), ("storage",)))
+
+
+def leaves(command: click.Command, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Every command that does something, with its words."""
+    if not isinstance(command, click.Group):
+        yield words, command
+        return
+    context = click.Context(command, info_name=words[-1])
+    for name in command.list_commands(context):
+        found = command.get_command(context, name)
+        assert found is not None
+        yield from leaves(found, (*words, name))
+
+
+LEAVES = [pytest.param(*leaf, id=" ".join(leaf[0])) for leaf in leaves(root, ("castore",))]
+
+
+@pytest.mark.parametrize(("words", "command"), LEAVES)
+def test_help_has_an_example_that_is_real(words: tuple[str, ...], command: click.Command) -> None:
+    (example,) = re.findall(r"^Example: (.*)$", inspect.cleandoc(command.help or ""), flags=re.MULTILINE)
+    for line in example.split(", then "):
+        arguments = shlex.split(re.split(r" [|>]", line)[0])  # up to what is the shell's own
+        assert tuple(arguments[: len(words)]) == words
+        parse_command(arguments)
 
 
 def test_version(cli: Cli) -> None:
@@ -91,7 +122,7 @@ def test_an_error_is_one_line_and_a_traceback_only_for_debug(cli: Cli, tmp_path:
     missing = tmp_path / "a\nb.toml"
     line = cli.error("status", "--config", missing)
     assert line == f"{tmp_path}/a b.toml: cannot be read: No such file or directory"
-    for arguments in (("--log-level", "debug", "status"), ("status", "--log-level", "debug")):
+    for arguments in (("--log-level", "debug", "status"), ("status", "--log-level", "debug"), ("status", "--debug")):
         done = cli("--config", missing, *arguments, code=2)
         assert "Traceback" in done.stderr
         assert done.stderr.endswith(f"castore: error: {line}\n")
