@@ -21,7 +21,7 @@ import sys
 from setuptools import build_meta
 getattr(build_meta, "build_" + sys.argv[1])(sys.argv[2])
 """
-ARCHIVED = {"castore", "mount", "docs", "LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml"}
+ARCHIVED = {"castore", "mount", "docs", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml", "tests"}
 """At the top of the source archive, beside what setuptools adds for itself."""
 
 

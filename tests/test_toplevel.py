@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = {"pyproject.toml", "castore", "mount", "tests", "docs", "scripts", "README.md"}
-ALLOWED = REQUIRED | {"requirements.lock", "LICENSE", "CHANGELOG.md", "MANIFEST.in"}
+ALLOWED = REQUIRED | {"requirements.lock", "LICENSE", "CHANGELOG.md"}
 
 
 def locked() -> dict[str, list[tuple[Requirement, list[str]]]]:
