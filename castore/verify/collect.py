@@ -18,7 +18,7 @@ from typing import Final
 
 import trio
 
-from castore.catalog import collecting, deleting
+from castore.catalog import collecting, deleting, schema
 from castore.catalog.collecting import CollectReader, Doomed, Unneeded
 from castore.catalog.connection import open_writer
 from castore.catalog.deleting import DeletedPackage
@@ -140,7 +140,7 @@ class GarbageCollection:
             self._writer = stack.enter_context(contextlib.closing(CatalogWriter(self._catalog_path)))
             if self._deletes and self._workspace.exists():
                 # While it is open here, it can be attached read-only, whether a daemon runs or not.
-                workspace = open_writer(self._workspace)
+                workspace = open_writer(self._workspace, schema.workspace_migrations)
                 stack.callback(workspace.close)
                 workspace.execute("SELECT count(*) FROM names").fetchone()
             if self._deletes:
