@@ -33,7 +33,8 @@ except OSError:
 
 IDLE_SECONDS = 3.0
 IDLE_TICKS = 2
-RESIDENT_KIB = 120 * 1024
+RESIDENT_KIB = 80 * 1024
+"""Of a daemon that idles, well below the 120 MB that are promised. While it reads, it keeps 64 MiB more."""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -192,7 +193,7 @@ def test_it_idles_in_little_memory(store: MountedStore) -> None:
     run_tool("tar", "-C", box, "-xf", store.root / "library.tar")
     package = store.publish("stdlib/1")
     run_tool("tar", "-C", package, "-cf", store.root / "copy.tar", ".")
-    assert resident_kib(store.pid) < RESIDENT_KIB
+    wait_until(lambda: resident_kib(store.pid) < RESIDENT_KIB, "what was kept for the next read is given back")
 
     def idled() -> bool:
         ticks, end = cpu_ticks(store.pid), time.monotonic() + IDLE_SECONDS
