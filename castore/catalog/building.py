@@ -217,6 +217,32 @@ class CatalogBuilder:
             {"root": root_id, "manifest": manifest_blob_id, "backend": backend_id},
         )
 
+    def drop_marks(self, backend_id: str) -> None:
+        """What packages need now is not garbage any more, though a collection that died had marked it.
+
+        Nobody collects garbage meanwhile, and nothing that was sent for a mark is under way any more.
+        """
+        self._execute(
+            "UPDATE storage_locations AS here SET status = 'failed', reason = 'missing' "
+            "WHERE status = 'deleting' AND backend_id = :backend AND (EXISTS (SELECT 1 FROM entries "
+            "  WHERE entries.blob_id = here.blob_id AND entries.blob_id <> 0) "
+            "  OR EXISTS (SELECT 1 FROM packages WHERE manifest_blob_id = here.blob_id))",
+            {"backend": backend_id},
+        )
+        self._execute(
+            "DELETE FROM deletions WHERE backend_id = :backend AND EXISTS (SELECT 1 FROM blobs "
+            "JOIN storage_locations AS there USING (blob_id) WHERE blobs.digest = deletions.digest "
+            "AND blobs.algorithm = deletions.algorithm AND there.backend_id = :backend AND status <> 'deleting')",
+            {"backend": backend_id},
+        )
+
+    def newest_mark_ns(self, backend_id: str) -> int:
+        """When the last object of a backend was marked whose deletion is not known to be over; 0 for none."""
+        row = self._execute(
+            "SELECT coalesce(max(begun_at_ns), 0) FROM deletions WHERE backend_id = ?", (backend_id,)
+        ).fetchone()
+        return int(row[0])
+
     def remove_package(self, package_id: int) -> None:
         """Take a package out again, with all its entries. Its blobs stay."""
         (root,) = self._execute("SELECT root_id FROM packages WHERE package_id = ?", (package_id,)).fetchone()

@@ -17,7 +17,7 @@ import click
 from castore.cli.long_run import INTERRUPTED, LongRun, Snapshot
 from castore.cli.output import json_line, printable
 from castore.cli.session import Session, common_options
-from castore.errors import ConfigError, StateError
+from castore.errors import ConfigError, StateError, StateLocked
 
 if TYPE_CHECKING:
     from castore.catalog.building import CatalogBuilder
@@ -47,6 +47,7 @@ def rebuild(session: Session, backend_id: str, add: bool, as_json: bool) -> int:
     """
     import trio
 
+    from castore.registry.deletion import gc_turn
     from castore.state_lock import take_lock
 
     config = session.config()
@@ -60,8 +61,11 @@ def rebuild(session: Session, backend_id: str, add: bool, as_json: bool) -> int:
     try:
         path, replaces = _choose_catalog(config.store.catalog_path, add)
         run = _Run(config, settings, as_json)
-        with _building(config, path) as ingest:
-            trio.run(run.main, ingest, replaces)
+        with gc_turn(config.store.gc_lock_path) as is_ours:
+            if not is_ours:
+                raise StateLocked(f"{config.store.state_dir}: a garbage collection runs; wait for its end")
+            with _building(config, path) as ingest:
+                trio.run(run.main, ingest, replaces)
         if run.is_whole and path != config.store.catalog_path:
             _put_in_place(path, config.store.catalog_path)
         run.sum_up()

@@ -17,7 +17,8 @@ import trio
 
 from castore.catalog.building import BlobsDiffer, CatalogBuilder, Known, PackageTree
 from castore.digest import MANIFEST_ALGORITHM, PRIMARY_ALGORITHM, BlobHasher, BlobSummary, Digest
-from castore.errors import FormatError, StorageError
+from castore.errors import FormatError, StateError, StorageError
+from castore.registry.deletion import is_over
 from castore.registry.manifest import ManifestEntry, ManifestHeader, read_manifest
 from castore.storage.spi import ObjectInfo, StorageBackend
 
@@ -108,7 +109,15 @@ class Rebuild:
         self._ref = ""
 
     async def run(self) -> None:
-        """Until every manifest was read and every object seen, or the backend is given up. Raises StateError."""
+        """Until every manifest was read and every object seen, or the backend is given up. Raises StateError.
+
+        Nobody collects garbage meanwhile: whoever runs it holds the turn of `castore.registry.deletion.gc_turn`.
+        """
+        if not is_over(self._backend, self._builder.newest_mark_ns(self._backend.backend_id)):
+            raise StateError(
+                f"backend {self._backend.backend_id}: what a garbage collection sent that was killed may be under way "
+                "still; try again in two minutes"
+            )
         try:
             await self._count()
             await self._make_packages()
@@ -263,6 +272,7 @@ class Rebuild:
                 package_id = builder.package_with_manifest(info.digest)
                 result = Result.ADDED
             builder.add_backend(package_id, backend_id, header.backend_ids)
+            builder.drop_marks(backend_id)
         builder.see_objects(backend_id, [(info.digest, info.size_bytes, info.modified_ns)])
         if replaced is not None:
             self._take_back(replaced, f"{info.digest} describes {ref}, too, and was published later")

@@ -155,11 +155,32 @@ class GarbageCollection:
         """Go on with what a collection that died had marked."""
         found = await trio.to_thread.run_sync(self._reader.deletions, set(self._backends))
         over = [doomed for doomed, begun_ns in found if is_over(self._backends[doomed.backend_id], begun_ns)]
+        # An older catalog that was restored has its marks again: of blobs that were put anew since, for newer packages.
+        newer = [
+            backend_id
+            for backend_id in {doomed.backend_id for doomed in over if doomed.digest.algorithm == PRIMARY_ALGORITHM}
+            if not await self._knows_all_packages(backend_id)
+        ]
+        over = [one for one in over if one.backend_id not in newer or one.digest.algorithm == MANIFEST_ALGORITHM]
         self.tally.left_count += len(found) - len(over)
         for first in range(0, len(over), BATCH_OBJECTS):
             batch = over[first : first + BATCH_OBJECTS]
             await self._renew(batch)
             await self._delete(batch)
+
+    async def _knows_all_packages(self, backend_id: str) -> bool:
+        """Whether no manifest is there that the catalog does not know, or such packages are to go."""
+        unknown: list[ObjectInfo] = []
+
+        async def note(found: list[ObjectInfo]) -> None:
+            unknown.extend(found)
+
+        try:
+            await each_stranger(self._reader, self._backends[backend_id], MANIFEST_ALGORITHM, note)
+        except StorageError as exc:
+            self.tally.backends[backend_id].stopped = str(exc)
+            return False
+        return self._unknown_packages_go or not unknown
 
     # packages
 

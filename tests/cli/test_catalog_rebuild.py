@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from castore.digest import MANIFEST_ALGORITHM, Digest
+from castore.failpoint import VARIABLE
 from castore.storage.layout import key_of
 from tests.mount.disaster import drill, publish
 from tests.mount.store import MountedStore, wait_until
@@ -69,6 +71,28 @@ def test_a_backup_that_is_older_gets_what_came_since(unmounted: MountedStore) ->
     assert "newer/1" in unmounted.castore("package", "list")
     unmounted.castore("catalog", "check")
     unmounted.castore("storage", "verify")
+
+
+def test_what_a_rebuilt_package_needs_is_not_collected(unmounted: MountedStore) -> None:
+    """Though a collection that was killed had marked it before the package came back."""
+    before = unmounted.root / "before"
+    shutil.copytree(unmounted.objects, before)
+    collect = ("storage", "gc", "--delete", "--grace", "0s")
+    refs = [package["ref"] for package in json.loads(unmounted.castore("package", "list", "--json"))["packages"]]
+    unmounted.castore("package", "delete", "--yes", *refs)
+    done = subprocess.run(
+        [sys.executable, "-m", "castore.cli", "--config", str(unmounted.root / "castore.toml"), *collect],
+        env=os.environ | {VARIABLE: "gc.marked"},
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == -signal.SIGKILL
+    shutil.copytree(before, unmounted.objects, dirs_exist_ok=True)
+    unmounted.castore("catalog", "rebuild", "--backend", "local", "--add")
+    unmounted.castore(*collect)
+    unmounted.castore("storage", "verify")
+    unmounted.castore("catalog", "check")
+    assert len(json.loads(unmounted.castore("package", "list", "--json"))["packages"]) == len(refs)
 
 
 def test_what_is_damaged_is_named_and_the_rest_comes_back(unmounted: MountedStore) -> None:

@@ -192,6 +192,19 @@ def test_packages_that_the_catalog_does_not_know_stop_it(collecting: Collecting)
     collecting.check_only_kept()
 
 
+def test_marks_of_an_older_catalog_delete_nothing_that_came_since(collecting: Collecting) -> None:
+    """It was backed up during a collection; the same bytes were put since, for a package that it does not know."""
+    collecting.delete()
+    collecting.cli("storage", "gc", *NOW, code=-signal.SIGKILL, env=collecting.cli.environ | {VARIABLE: "gc.marked"})
+    assert (collecting.old[b"sub/b"].raw, "one") in collecting.rows("SELECT digest, backend_id FROM deletions")
+    collecting.put(b"a manifest", "one", MANIFEST_ALGORITHM)
+    done = collecting.gc(*NOW, code=2)
+    assert done["left_count"] == len(collecting.rows("SELECT 1 FROM deletions")) > 0
+    assert collecting.old[b"sub/b"] in collecting.objects("one")
+    collecting.gc(*NOW, "--unknown-packages")
+    collecting.check_only_kept()
+
+
 def test_a_backend_that_is_away(collecting: Collecting) -> None:
     """The manifest goes before any blob: where it cannot be deleted, nothing is."""
     collecting.delete()
