@@ -6,6 +6,7 @@ import sqlite3 as system_sqlite
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from pysqlite3 import dbapi2 as sqlite3
 
 from castore.catalog.checking import FINDINGS_KEPT, CheckReader, CheckResult
 from castore.catalog.checks import CHECKS, _name_is_wrong
+from castore.catalog.deleting import delete_package
+from castore.catalog.tagging import set_tag
 from castore.registry.names import is_valid_name
 from tests.catalog.catalogs import Catalog, made
 
@@ -127,9 +130,67 @@ def test_what_is_wrong_is_found(published: Catalog, check: str, statement: str, 
     assert all(trouble.mend for trouble in result.kept)
 
 
+@pytest.fixture
+def hidden(published: Catalog) -> Catalog:
+    """The package of `published`, deleted; its NAME has been tagged before."""
+    published.change(partial(set_tag, name="zlib", tag="good", version="1.3", uid=0, now_ns=6))
+    published.change(partial(set_tag, name="zlib", tag="good", version="", uid=0, now_ns=7))
+    published.change(partial(delete_package, name="zlib", version="1.3", uid=0, now_ns=8))
+    return published
+
+
+@pytest.fixture
+def tagged(published: Catalog) -> Catalog:
+    """The package of `published`, with a tag and a pin."""
+    for tag in ("good", "latest"):
+        published.change(partial(set_tag, name="zlib", tag=tag, version="1.3", uid=0, now_ns=6))
+    return published
+
+
+DELETED_BREAKS = [
+    ("DELETE FROM entries WHERE entry_id = 2001", "zlib/1.3: its root directory is missing"),
+    ("UPDATE entries SET parent_id = 2010 WHERE entry_id = 2001", "zlib/1.3: its root is not aside"),
+    ("UPDATE deleted_packages SET root_id = 2006", "zlib/1.3: its root is not aside"),
+    (
+        (
+            "INSERT INTO packages SELECT deletion_id, name, version, root_id, producer, retention_class, "
+            "publisher_uid, published_at_ns, file_count, size_bytes, manifest_blob_id, backend_ids "
+            "FROM deleted_packages"
+        ),
+        "zlib/1.3: is published, too",
+    ),
+    ("UPDATE deleted_packages SET manifest_blob_id = 1", "zlib/1.3: its manifest is not known"),
+    ("UPDATE deleted_packages SET manifest_blob_id = 99", "zlib/1.3: its manifest is not known"),
+]
+TAG_BREAKS = [
+    ("UPDATE package_tags SET tag = '../x' WHERE tag = 'good'", "zlib/../x: is no TAG"),
+    ("UPDATE package_tags SET version = '9' WHERE tag = 'good'", "zlib/good: points to 9, which is not published"),
+    ("DELETE FROM packages", "zlib/good: points to 1.3, which is not published"),
+    (
+        "UPDATE package_names SET latest_version = '9'",
+        "zlib/latest: is pinned to 1.3, but latest is another one",
+    ),
+]
+
+
+@pytest.mark.parametrize(("statement", "says"), DELETED_BREAKS)
+def test_what_is_wrong_with_deleted_packages(hidden: Catalog, statement: str, says: str) -> None:
+    assert {name: result.kept for name, result in results_of(hidden).items() if result.count} == {}
+    change(hidden, statement)
+    assert says in [f"{trouble.where}: {trouble.what}" for trouble in results_of(hidden)["deleted"].kept]
+
+
+@pytest.mark.parametrize(("statement", "says"), TAG_BREAKS)
+def test_what_is_wrong_with_tags(tagged: Catalog, statement: str, says: str) -> None:
+    assert {name: result.kept for name, result in results_of(tagged).items() if result.count} == {}
+    change(tagged, statement)
+    assert says in [f"{trouble.where}: {trouble.what}" for trouble in results_of(tagged)["tags"].kept]
+
+
 def test_every_check_is_tried() -> None:
     """But SQLite's own, which has a test of its own."""
-    assert {check.name for check in CHECKS if check.needs == "entries"} <= {row[0] for row in BREAKS}
+    tried = {row[0] for row in BREAKS} | {"deleted", "tags"}
+    assert {check.name for check in CHECKS} <= tried
 
 
 def test_a_damaged_page(published: Catalog) -> None:
