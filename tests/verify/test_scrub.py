@@ -381,6 +381,7 @@ async def test_a_catalog_that_is_damaged(store: PublishedStore, damage: str, sai
     store.execute(damage)
     with pytest.raises(StateError, match=said):
         await scrub(store)
+    store.catalog_path.unlink()  # what is spoilt on purpose is nobody else's business
 
 
 async def test_nothing_is_stored(store: PublishedStore) -> None:
