@@ -275,6 +275,7 @@ class Daemon:
             nursery.cancel_scope.cancel()
 
     async def _tune_and_tell(self, on_ready: Any) -> None:
+        await self._operations.begun.wait()
         await trio.to_thread.run_sync(kernel.tune, self._path)
         log.info("mounted %s", self._path)
         on_ready()

@@ -22,7 +22,11 @@ MAX_TASKS: Final = 10_000
 
 
 def tune(mountpoint: Path) -> None:
-    """Raise both limits, or say in one line of log why not. Looks the mount up without touching it. Blocking."""
+    """Raise both limits, or say in one line of log why not. Looks the mount up without touching it. Blocking.
+
+    Only after the kernel has the answer to its first request: with that it takes the lower one of the readahead that it
+    asked for, 128 KiB, and of what is set by then (process_init_reply in Linux' fs/fuse/inode.c).
+    """
     device = _device(mountpoint)
     if device is None:
         return

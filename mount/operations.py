@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import pyfuse3
+import trio
 
 from castore.errors import InvalidName, NotFound, NotPermitted, ReadOnly
 from castore.ingest.service import Ingest
@@ -64,6 +65,12 @@ class CastoreOperations(pyfuse3.Operations):
         self._sync_wait_seconds = sync_wait_seconds
         self._started_ns = time.time_ns()
         self.handles = Handles()
+        self.begun = trio.Event()
+        """The kernel has begun to use the mount. Whoever waits for it goes on when the kernel has its answer."""
+
+    def init(self) -> None:
+        """pyfuse3 calls it within the kernel's first request, and sends the answer before any task has its turn."""
+        self.begun.set()
 
     def _of(self, inode: int) -> ReadableTree:
         """The tree that an inode is in; the root is looked after here."""

@@ -14,10 +14,12 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 
 from castore.mountinfo import read_mounts
+from mount.kernel import READ_AHEAD_KIB
 from tests.mount.daemons import cpu_ticks, descriptor, ended_cleanly, foreground, resident_kib, state_of
 from tests.mount.store import WAIT_SECONDS, MountedStore, fails, run_tool, wait_until
 
@@ -35,6 +37,17 @@ IDLE_SECONDS = 3.0
 IDLE_TICKS = 2
 RESIDENT_KIB = 80 * 1024
 """Of a daemon that idles, well below the 120 MB that are promised. While it reads, it keeps 64 MiB more."""
+
+
+def test_the_kernel_reads_ahead_as_it_is_told(make_store: Callable[..., MountedStore]) -> None:
+    """At every mount: what is set before the kernel has the answer to its first request is lost."""
+    store = make_store()
+    for _ in range(4):
+        store.mount()
+        device = store.mnt.stat().st_dev
+        read_ahead = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb").read_text()
+        assert int(read_ahead) == READ_AHEAD_KIB or "large reads are slower" in store.log()
+        store.umount()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
