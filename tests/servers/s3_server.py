@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import signal
 import socket
@@ -167,6 +168,8 @@ class LocalServer(S3Server, ABC):
         if self._process is None:
             raise RuntimeError("the server does not run")
         self._process.send_signal(number)
+        if number == signal.SIGSTOP:  # which its threads notice one after the other
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
 def wait_for_bucket(server: S3Server, process: subprocess.Popen[bytes] | None = None) -> bool:
