@@ -16,9 +16,9 @@ INGEST_SECONDS: Final = 300.0
 """This daemon is the only writer of ingest/: the kernel sees every change, and publish invalidates."""
 CHANGING_SECONDS: Final = 1.0
 """Versions in packages/: another process may publish or delete."""
-LATEST_SECONDS: Final = 0.0
-"""`latest` moves with each publish. To tell the kernel then would take the lock that the publish holds: a daemon that
-is killed just then would leave everybody waiting."""
+LINK_SECONDS: Final = 0.0
+"""Tags move at any time, and `latest` with each publish. To tell the kernel then would take the lock that the publish
+holds: a daemon that is killed just then would leave everybody waiting."""
 ABSENT_SECONDS: Final = 0.0
 """What is absent in packages/ and packages/NAME: there at once when ingest/NAME is made or a version published."""
 

@@ -22,7 +22,7 @@ from mount.attributes import (
     ABSENT_SECONDS,
     CHANGING_SECONDS,
     IMMUTABLE_SECONDS,
-    LATEST_SECONDS,
+    LINK_SECONDS,
     absent,
     make,
     of_entry,
@@ -97,7 +97,7 @@ class PackagesTree:
             gid=name.gid,
             mtime_ns=name.mtime_ns,
             size_bytes=len(name.latest_version),
-            seconds=LATEST_SECONDS,
+            seconds=LINK_SECONDS,
         )
 
     def _tag(self, inode: int) -> Tag:
@@ -115,7 +115,7 @@ class PackagesTree:
             gid=name.gid if name else 0,
             mtime_ns=tag.set_at_ns,
             size_bytes=len(tag.version),
-            seconds=CHANGING_SECONDS,
+            seconds=LINK_SECONDS,
         )
 
     # names

@@ -20,6 +20,7 @@ from pysqlite3 import dbapi2 as sqlite3
 from castore import errors, events
 from castore.catalog.connection import create_catalog, create_workspace
 from castore.catalog.records import Kind
+from castore.cli.init import template
 from castore.cli.main import root
 from castore.config_values import parse_duration, parse_size
 from castore.digest import BlobHasher, BlobSummary, Digest
@@ -157,7 +158,7 @@ def test_commands_are_real(document: Path) -> None:
     text = document.read_text()
     lines = [line for block in blocks(text, "sh") for line in block.splitlines() if re.match(r"castore\b", line)]
     lines += [code for code in inline_code(text) if re.match(r"castore [a-z-]", code)]
-    if document.name == "README.md":
+    if document == ROOT / "README.md":
         assert len(lines) > 8
     for line in lines:
         parse_command(shlex.split(line, comments=True))
@@ -297,6 +298,18 @@ def test_every_type_of_event_has_its_line_and_its_schema() -> None:
     assert {name for name, _ in found} == in_code
     assert [(name, file) for name, file in found if file != f"{name}.schema.json"] == []
     assert {path.name for path in (ROOT / "docs/events").iterdir()} == {file for _, file in found}
+
+
+def test_the_settings_are_those_that_init_writes() -> None:
+    (shown,) = blocks((ROOT / "docs/CONFIGURATION.md").read_text(), "toml")
+    assert shown == template(Path("/var/lib/castore"))
+
+
+def test_the_index_leads_to_every_document() -> None:
+    index = ROOT / "docs/README.md"
+    targets = {(index.parent / target).resolve() for target in re.findall(r"\]\(([^)#]+)\)", index.read_text())}
+    documents = {*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/how-to").glob("*.md")}
+    assert documents - targets == {index}
 
 
 def test_decisions_have_their_own_numbers() -> None:

@@ -250,7 +250,8 @@ _TABLES_6: Final = (
         begun_at_ns INTEGER NOT NULL,         -- no request to delete it is sent later than a while after that
         PRIMARY KEY (digest, algorithm, backend_id)
     ) WITHOUT ROWID""",
-    # Links beside the versions of a NAME, and the pin of its `latest`.
+    # Links beside the versions of a NAME, and the pin of its `latest`. Since a tag that moves has to be there all the
+    # time, it keeps its inode: what the column says of that is older.
     """CREATE TABLE package_tags (
         name TEXT NOT NULL REFERENCES package_names (name),
         tag TEXT NOT NULL,                    -- as a VERSION may be, or 'latest'

@@ -34,11 +34,14 @@ def tag(transaction: Transaction, name: str, tag: str) -> str | None:
 
 
 def set_tag(transaction: Transaction, name: str, tag: str, version: str, *, uid: int, now_ns: int) -> None:
-    """Point a tag to a version, as a new link; `latest` is pinned by that. A `version` of '' removes the tag."""
+    """Point a tag to a version; `latest` is pinned by that. A `version` of '' removes the tag.
+
+    A link that moves stays the same one: who found it just before the change reads where it leads now.
+    """
     execute = transaction.execute
-    execute("DELETE FROM package_tags WHERE name = ? AND tag = ?", (name, tag))
+    row = execute("DELETE FROM package_tags WHERE name = ? AND tag = ? RETURNING inode", (name, tag)).fetchone()
     if version:
-        inode = 0 if tag == "latest" else transaction.lease_inodes(1)
+        inode = row[0] if row else 0 if tag == "latest" else transaction.lease_inodes(1)
         execute("INSERT INTO package_tags VALUES (?, ?, ?, ?, ?)", (name, tag, version, inode, now_ns))
     execute(
         "INSERT INTO tag_changes (name, tag, version, changed_at_ns, changed_by_uid) VALUES (?, ?, ?, ?, ?)",

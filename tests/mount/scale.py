@@ -53,8 +53,9 @@ _FILES: Final = (
     ":parent + 1 + i, 2, 420, 0, 0, 0, 0, 4096, 1, :blob + i, x'' FROM n"
 )
 _BLOBS: Final = (
-    _NUMBERS + "INSERT INTO blobs SELECT i, 'sha256', CAST(printf('%032d', i) AS BLOB), 4096, 131072, 'xxh3-64', "
-    "x'0011223344556677' FROM n"
+    _NUMBERS
+    + "INSERT INTO blobs SELECT i, iif(i = 1, 'manifest-sha256', 'sha256'), CAST(printf('%032d', i) AS BLOB), 4096, "
+    "131072, 'xxh3-64', x'0011223344556677' FROM n"
 )
 _LOCATIONS: Final = _NUMBERS + "INSERT INTO storage_locations SELECT i, 'local', 'stored', '', i, 0 FROM n"
 
@@ -88,6 +89,10 @@ def fill(path: Path, entries: int) -> int:
     root = _FIRST + packages * per
     run(_ROOTS, {**numbers, "low": packages, "high": packages + 1})
     run(_FILES, {"low": 0, "high": LARGE_DIRECTORY_FILES, "parent": root, "blob": blob})
+    run(
+        "UPDATE packages SET file_count = :count, size_bytes = :count * 4096 WHERE root_id = :root",
+        {"count": LARGE_DIRECTORY_FILES, "root": root},
+    )
     run("UPDATE sequences SET next_value = ?", (root + LARGE_DIRECTORY_FILES + 1024,))
     run("COMMIT")
     run("PRAGMA wal_checkpoint(TRUNCATE)")

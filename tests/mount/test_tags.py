@@ -67,6 +67,18 @@ def test_tags(store: MountedStore) -> None:
     store.castore("package", "delete", "zlib/1.1", "--yes")
 
 
+def test_a_tag_that_moves_is_always_there(store: MountedStore) -> None:
+    """Whatever the kernel has kept of it: no reader meets a moment without it, nor what it was after the command."""
+    for version in ("1.1", "1.2"):
+        publish(store, version)
+    file = store.mnt / "packages/zlib/stable/file"
+    for version in ("1.1", "1.2", "1.1", "1.2"):
+        store.castore("package", "tag", "zlib", "stable", version)
+        assert link(store, "stable") == version
+        assert file.read_text() == version
+        assert (store.mnt / "packages/zlib/stable").lstat().st_size == len(version)
+
+
 def test_latest_can_be_pinned(store: MountedStore) -> None:
     publish(store, "1.1")
     publish(store, "1.2")
