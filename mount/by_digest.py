@@ -15,7 +15,8 @@ from castore.digest import PRIMARY_ALGORITHM, Digest
 from castore.errors import NoAttribute, NotFound
 from mount.attributes import CHANGING_SECONDS, absent, make
 from mount.inodes import BY_DIGEST, BY_DIGEST_ALGORITHM, DIGEST_DIRECTORIES, DIGEST_FILES
-from mount.packages import PAGE, Child, blob_attribute
+from mount.packages import PAGE, blob_attribute
+from mount.recent import Child
 
 _HEX2 = re.compile(rb"[0-9a-f]{2}")
 _HEX64 = re.compile(rb"[0-9a-f]{64}")

@@ -15,7 +15,7 @@ from castore.errors import NoAttribute
 from mount.attributes import CHANGING_SECONDS, absent, make
 from mount.handles import TextHandle
 from mount.inodes import CONTROL, HEALTH_FILE, STATUS_FILE
-from mount.packages import Child
+from mount.recent import Child
 
 Make = Callable[[], Awaitable[dict[str, Any]]]
 """Makes a document as of now."""

@@ -18,7 +18,8 @@ from castore.ingest.tree import INGEST_ROOT, PRODUCER, RETENTION_CLASS
 from mount.attributes import CHANGING_SECONDS, INGEST_SECONDS, absent, make, of_node
 from mount.guard import waits
 from mount.handles import StagedHandle
-from mount.packages import PAGE, Child
+from mount.packages import PAGE
+from mount.recent import Child
 
 STATE = b"user.castore.state"
 ERROR = b"user.castore.error"

@@ -74,6 +74,8 @@ class CastoreOperations(pyfuse3.Operations):
 
     def _of(self, inode: int) -> ReadableTree:
         """The tree that an inode is in; the root is looked after here."""
+        if self._packages.knows(inode):
+            return self._packages
         if inode >= DIGEST_DIRECTORIES or inode in (BY_DIGEST, BY_DIGEST_ALGORITHM):
             return self._by_digest
         if inode in (CONTROL, STATUS_FILE, HEALTH_FILE):
@@ -335,13 +337,17 @@ class CastoreOperations(pyfuse3.Operations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         return await self._workspace.staged.write(self.handles.staged(fh).file, off, buf)
 
-    @deadlined
+    @guarded
     async def flush(self, fh: int) -> None:
         handle = self.handles.get(fh)
         if isinstance(handle, StagedHandle) and handle.writable:
-            await self._workspace.staged.flush(handle.file)
+            await self._flush_staged(handle)
 
     @deadlined
+    async def _flush_staged(self, handle: StagedHandle) -> None:
+        await self._workspace.staged.flush(handle.file)
+
+    @guarded
     async def release(self, fh: int) -> None:
         handle = self.handles.pop(fh)
         if isinstance(handle, StagedHandle):
@@ -349,6 +355,7 @@ class CastoreOperations(pyfuse3.Operations):
         elif isinstance(handle, BlobHandle):
             handle.blob.close()
 
+    @deadlined
     async def _release_staged(self, handle: StagedHandle) -> None:
         await self._workspace.staged.release(handle.file, writable=handle.writable)
 

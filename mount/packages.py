@@ -14,7 +14,7 @@ import pyfuse3
 from castore.blobs.reader import BlobReader
 from castore.blobs.siblings import Place
 from castore.catalog.reader import CatalogReader
-from castore.catalog.records import Entry, Kind, Package, PackageName, Tag
+from castore.catalog.records import Blob, Entry, Kind, Package, PackageName, Tag
 from castore.errors import IsADirectory, NoAttribute, NotASymlink, NotFound
 from castore.ingest.service import Ingest
 from castore.ingest.tree import INGEST_ROOT
@@ -29,9 +29,7 @@ from mount.attributes import (
 )
 from mount.handles import BlobHandle
 from mount.inodes import PACKAGES
-
-Child = tuple[int, bytes, pyfuse3.EntryAttributes]
-"""(readdir cookie, name, attributes)."""
+from mount.recent import Child, Recent
 
 LATEST = b"latest"
 PAGE = 256
@@ -46,6 +44,11 @@ class PackagesTree:
         self._blobs = blobs
         self._ingest = ingest
         self._started_ns = time.time_ns()
+        self._recent = Recent()
+
+    def knows(self, inode: int) -> bool:
+        """Whether the inode was found below a published version lately. It is so for good."""
+        return inode in self._recent
 
     # attributes
 
@@ -69,6 +72,7 @@ class PackagesTree:
         return self._of_latest(name) if inode == name.latest_inode else self._of_name(name)
 
     def _of_entry(self, entry: Entry) -> pyfuse3.EntryAttributes:
+        self._recent.add(entry.inode)
         attributes = of_entry(entry)
         if entry.kind is Kind.DIRECTORY and self._is_root(entry):
             attributes.entry_timeout = attributes.attr_timeout = CHANGING_SECONDS
@@ -179,16 +183,29 @@ class PackagesTree:
                     yield name.inode, name.name.encode(), self._of_name(name)
                 after = names[-1].inode
             return
-        above = self.name_of(inode)
+        above = None if inode in self._recent else self.name_of(inode)
         if above is not None and above.latest_version and after < 1:
             yield 1, LATEST, self._of_latest(above)
         if above is not None:
             yield from merge(self._versions(inode, after), self._tags(above.name, after), key=itemgetter(0))
             return
-        while entries := self._catalog.children(inode, after, PAGE):
+        while page := self._page(inode, after):
+            yield from page
+            after = page[-1][0]
+            if len(page) < PAGE:
+                return
+
+    def _page(self, inode: int, after: int) -> list[Child]:
+        """The next entries of a directory below a published version."""
+        page = self._recent.page(inode, after)
+        if page is None:
+            entries = self._catalog.children(inode, after, PAGE)
+            page = [(entry.entry_id, entry.name, of_entry(entry)) for entry in entries]
             for entry in entries:
-                yield entry.entry_id, entry.name, of_entry(entry)
-            after = entries[-1].entry_id
+                self._recent.add(entry.inode)
+            if inode in self._recent:
+                self._recent.keep(inode, after, page)
+        return page
 
     def _versions(self, inode: int, after: int) -> Iterator[Child]:
         while entries := self._catalog.children(inode, after, PAGE):
@@ -222,14 +239,17 @@ class PackagesTree:
 
     def open(self, inode: int) -> BlobHandle:
         """Open a published file."""
-        entry = self._catalog.entry(inode)
-        if entry is None or entry.kind is not Kind.FILE:
-            raise NotFound("no such file") if entry is None else IsADirectory("not a file")
-        return self.open_blob(entry.blob_id, Place(entry.parent_id, entry.entry_id, entry.name))
+        found = self._catalog.file(inode)
+        if found is None or found[0].kind is not Kind.FILE:
+            raise NotFound("no such file") if found is None else IsADirectory("not a file")
+        entry, blob = found
+        return self._open(blob, Place(entry.parent_id, entry.entry_id, entry.name))
 
-    def open_blob(self, blob_id: int, place: Place | None = None) -> BlobHandle:
-        """Open a blob by its number, as the file that is at `place`."""
-        blob = self._catalog.blob(blob_id)
+    def open_blob(self, blob_id: int) -> BlobHandle:
+        """Open a blob by its number."""
+        return self._open(self._catalog.blob(blob_id))
+
+    def _open(self, blob: Blob | None, place: Place | None = None) -> BlobHandle:
         if blob is None:
             raise NotFound("no such blob")
         return BlobHandle(self._blobs.open(blob, place))

@@ -16,19 +16,25 @@ from castore.storage.open import sweep_backend
 SWEEP_SECONDS: Final = 3600.0
 """Between two sweeps: as long as leftovers have to be silent before they count as abandoned."""
 
+FIRST_SWEEP_SECONDS: Final = 60.0
+"""Before the first one: whoever waited for the mount reads from it now, and a sweep takes a fifth of a second of one
+core."""
+
 log = logging.getLogger(__name__)
 
 
 async def sweep_always(
     settings: BackendSettings,
     *,
+    first_s: float = FIRST_SWEEP_SECONDS,
     every_s: float = SWEEP_SECONDS,
     is_wanted: Callable[[Digest], bool] | None = None,
 ) -> None:
-    """Sweep the backend now, and again `every_s` seconds after each sweep, until cancelled. Failures are logged.
+    """Sweep the backend in `first_s` seconds, and `every_s` after each sweep, until cancelled. Failures are logged.
 
     What was left of a digest that is wanted stays where the next put may go on from it, however old it is.
     """
+    await trio.sleep(first_s)
     while True:
         try:
             count = await sweep_backend(settings, is_wanted=is_wanted)

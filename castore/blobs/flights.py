@@ -90,12 +90,29 @@ class Flights:
         if self._nursery is None:
             raise StorageUnavailable("reading has been stopped")
         span = self.memory.begin(known, first, end, prefetched=prefetched)
-        self._nursery.start_soon(self._fly, blob, span)
+        # A tiny blob that the cache has needs no flight: a task costs more than the lookup.
+        looked = self._cache is not None and self._cache.is_tiny(blob.summary, span.size_bytes)
+        if looked and (looked := self._turns.enter_nowait(_CACHE, span)) and self._land(blob, span):
+            return span
+        self._nursery.start_soon(self._fly, blob, span, looked)
         return span
 
-    async def _fly(self, blob: Blob, span: Span) -> None:
+    def _land(self, blob: Blob, span: Span) -> bool:
+        """Whether the cache had the tiny blob; it is in memory then."""
+        assert self._cache is not None, "it is asked"
+        assert span.target is not None, "it has its turn"
+        has_it = self._cache.fill_tiny(blob.summary, span.target)
+        self._turns.leave(_CACHE, span)
+        if has_it:
+            self.memory.keep(span)
+            span.done.set()
+        else:
+            span.target = None
+        return has_it
+
+    async def _fly(self, blob: Blob, span: Span, looked: bool) -> None:
         try:
-            await self._fill(blob, span)
+            await self._fill(blob, span, looked)
         except CastoreError as exc:
             # Its frames would hold the buffer for as long as anyone holds the error.
             span.error = exc.with_traceback(None)
@@ -114,14 +131,16 @@ class Flights:
         finally:
             span.done.set()
 
-    async def _fill(self, blob: Blob, span: Span) -> None:
-        """From the disk cache, and what that lacks from a backend, which the cache keeps then."""
+    async def _fill(self, blob: Blob, span: Span, looked: bool) -> None:
+        """From the disk cache, unless it was `looked` for there, and what that lacks from a backend, which the cache
+        keeps then.
+        """
         cache, summary = self._cache, blob.summary
         if cache is None:
             span.fetched = True
             await self._fetcher.fill(blob, span.first, span, turns=self._turns)
             return
-        missing = await self._look(cache, blob, span)
+        missing = [(span.first, span.end)] if looked else await self._look(cache, blob, span)
         if not missing:
             return
         missing, span.fetched = _few(missing), True

@@ -117,15 +117,15 @@ class OpenBlob:
         index = first
         while index < end:
             span = known.spans.get(index)
+            missed = span is None or not span.done.is_set()
             if span is None or not self._is_still_right(span, index, end):
+                missed = True
                 stop = self._gap_end(index, min(end, index + max(1, MAX_GET_BYTES // known.block_size)))
                 span = flights.start(self._blob, known, index, stop, prefetched=False)
             spans.append(span)
             blocks = min(end, span.end) - index
-            if span.done.is_set():
-                flights.stats.cache_hits += blocks
-            else:
-                flights.stats.cache_misses += blocks
+            flights.stats.cache_misses += blocks if missed else 0
+            flights.stats.cache_hits += 0 if missed else blocks
             flights.memory.touch(span, index, end)
             index = span.end
         return spans

@@ -67,18 +67,22 @@ class Turns:
 
     async def enter(self, name: str, room: Room) -> None:
         """Wait for a turn in the line of that name; the room has a buffer then. `leave` has to follow."""
-        line = self._lines.get(name)
-        if line is None:
-            line = self._lines[name] = _Line()
-        if not line.waiting and self._grant(line, room):
+        if self.enter_nowait(name, room):
             return
-        waiting = _Waiting(room)
+        line, waiting = self._lines[name], _Waiting(room)
         line.waiting.append(waiting)
         try:
             await waiting.turn.wait()
         except trio.Cancelled:
             line.waiting.remove(waiting)  # whose turn has come is not cancelled here any more
             raise
+
+    def enter_nowait(self, name: str, room: Room) -> bool:
+        """As `enter`, when nobody has to wait for it; else False, and nothing has changed."""
+        line = self._lines.get(name)
+        if line is None:
+            line = self._lines[name] = _Line()
+        return not line.waiting and self._grant(line, room)
 
     def leave(self, name: str, room: Room) -> None:
         """The turn is over."""

@@ -24,6 +24,9 @@ from tests.blobs.tree_world import Tree
 
 KIB = 1024
 
+Still = trio.testing.MockClock
+"""Time stands still in a test that takes it: on a busy host, pauses of its own would end stretches."""
+
 
 @pytest.fixture
 def tree(world: World) -> Tree:
@@ -36,7 +39,9 @@ async def started(tree: Tree, nursery: trio.Nursery, memory_bytes: int = MEMORY_
     return reader
 
 
-async def test_after_three_files_in_a_row_the_next_ones_are_on_their_way(tree: Tree, nursery: trio.Nursery) -> None:
+async def test_after_three_files_in_a_row_the_next_ones_are_on_their_way(
+    tree: Tree, nursery: trio.Nursery, mock_clock: Still
+) -> None:
     reader = await started(tree, nursery)
     files = await tree.fill("d", 100, 32 * KIB)
     backend = tree.world["first"]
@@ -56,7 +61,7 @@ async def test_after_three_files_in_a_row_the_next_ones_are_on_their_way(tree: T
     assert reader.stats.prefetched_unread == 0
 
 
-async def test_the_window_grows_to_its_bounds(tree: Tree, nursery: trio.Nursery) -> None:
+async def test_the_window_grows_to_its_bounds(tree: Tree, nursery: trio.Nursery, mock_clock: Still) -> None:
     reader = await started(tree, nursery)
     files = await tree.fill("d", 200, 32 * KIB)
     await tree.read_each(reader, files[:80])
@@ -69,7 +74,7 @@ async def test_the_window_grows_to_its_bounds(tree: Tree, nursery: trio.Nursery)
     backend.open.set()
 
 
-async def test_a_whole_tree_is_one_stretch(tree: Tree, nursery: trio.Nursery) -> None:
+async def test_a_whole_tree_is_one_stretch(tree: Tree, nursery: trio.Nursery, mock_clock: Still) -> None:
     reader = await started(tree, nursery)
     files = [path for folder in range(10) for path in await tree.fill(f"d{folder}", 50, 32 * KIB)]
     await tree.read_each(reader, files)
@@ -97,7 +102,7 @@ async def test_files_are_found_in_the_next_folders_and_no_other_package(tree: Tr
 
 
 async def test_files_that_were_made_in_another_order_than_that_of_their_names(
-    tree: Tree, nursery: trio.Nursery
+    tree: Tree, nursery: trio.Nursery, mock_clock: Still
 ) -> None:
     """As a shell's `*` reads what `cp -r` brought from a disk."""
     reader = await started(tree, nursery)
@@ -131,7 +136,7 @@ async def test_every_second_file_gets_nothing_ahead(tree: Tree, nursery: trio.Nu
 
 
 @pytest.mark.parametrize("share", [1, 4, 64], ids="{} files each".format)
-async def test_several_readers_share_a_list(tree: Tree, nursery: trio.Nursery, share: int) -> None:
+async def test_several_readers_share_a_list(tree: Tree, nursery: trio.Nursery, mock_clock: Still, share: int) -> None:
     """As `xargs -P 8 -n SHARE cat` does."""
     reader = await started(tree, nursery)
     tree.world["first"].turns = 100
@@ -153,7 +158,7 @@ async def test_several_readers_share_a_list(tree: Tree, nursery: trio.Nursery, s
     assert reader.stats.prefetched_unread == 0
 
 
-async def test_what_is_ahead_is_bounded_over_all_readers(tree: Tree, nursery: trio.Nursery) -> None:
+async def test_what_is_ahead_is_bounded_over_all_readers(tree: Tree, nursery: trio.Nursery, mock_clock: Still) -> None:
     reader = await started(tree, nursery)
     tree.world["first"].turns = 100
     folders = [await tree.fill(f"d{folder}", 24, SIBLING_BYTES) for folder in range(16)]

@@ -42,7 +42,7 @@ async def test_it_goes_on_and_on(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     settings = LocalSettings("main", path)
     await create_backend(settings)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(partial(sweep_always, settings, every_s=0.01))
+        nursery.start_soon(partial(sweep_always, settings, first_s=0, every_s=0.01))
         for _ in range(2):
             await until(partial(is_gone, leave(path)), "it is swept")
         path.rename(tmp_path / "away")
