@@ -71,6 +71,9 @@ def mapped(exc: sqlite3.Error, path: Path) -> StateError:
 
 
 def _connect(path: Path, *, mode: str) -> Database:
+    if path.exists() and not path.is_file():
+        # Opening a pipe would wait for ever.
+        raise StateError(f"{path}: is no file; move it away, then restore a backup or rebuild it from a backend")
     uri = f"file:{quote(str(path))}?mode={mode}"
     connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
     database = Database(connection)
