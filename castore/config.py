@@ -96,6 +96,16 @@ class StoreSettings:
         return self.run_dir / "control.sock"
 
     @property
+    def followed_path(self) -> Path:
+        """Tells that the catalog is a copy of another host's, kept up to date by `castore mount --follow`."""
+        return self.state_dir / "followed.json"
+
+    @property
+    def follow_dir(self) -> Path:
+        """Where such copies are made."""
+        return self.state_dir / "follow"
+
+    @property
     def gc_lock_path(self) -> Path:
         """The lock of a garbage collection: one at a time."""
         return self.run_dir / "gc.lock"

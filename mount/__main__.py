@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path)
     parser.add_argument("-o", dest="options", default="")
     parser.add_argument("--allow-other", action="store_true")
+    parser.add_argument("--follow", metavar="URL")
     parser.add_argument("--log-level", choices=_LEVELS, default="info")
     parser.add_argument("--ready-fd", type=int)
     arguments = parser.parse_args()
@@ -32,8 +33,9 @@ def main() -> int:
     )
     try:
         config = load_config(arguments.config)
-        options = parse_options(arguments.options, allow_other=arguments.allow_other)
-        with Daemon(config, arguments.mountpoint, options) as daemon:
+        follow: str | None = arguments.follow
+        options = parse_options(arguments.options, allow_other=arguments.allow_other, follow=follow is not None)
+        with Daemon(config, arguments.mountpoint, options, follow) as daemon:
             if arguments.ready_fd is not None:
                 os.chdir("/")  # in the background, it keeps nobody's directory busy
             try:

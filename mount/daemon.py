@@ -35,6 +35,7 @@ from castore.errors import ConfigError, StateError
 from castore.ingest.service import Ingest
 from castore.mountinfo import mount_source
 from castore.registry.locations import record_bad_read
+from castore.replica.follower import Follower
 from castore.storage.measured import CallStats
 from castore.storage.open import load_backend, open_backend
 from castore.verify.schedule import scrub_always
@@ -62,8 +63,8 @@ _OPTIONS: Final = frozenset(
 )
 
 
-def parse_options(text: str, *, allow_other: bool) -> frozenset[str]:
-    """The mount options of `-o`, checked. Raises ConfigError for one that is not known."""
+def parse_options(text: str, *, allow_other: bool, follow: bool = False) -> frozenset[str]:
+    """The mount options of `-o`, checked. Raises ConfigError for one that is not known, or does not go with others."""
     options = {part.strip() for part in text.split(",") if part.strip()}
     unknown = options - _OPTIONS
     if unknown:
@@ -78,6 +79,10 @@ def parse_options(text: str, *, allow_other: bool) -> frozenset[str]:
             options.add(safe)
     if {"ro", "rw"} <= options:
         raise ConfigError("-o ro,rw: a mount is read-only or not; give one of them")
+    if follow:
+        if "rw" in options:
+            raise ConfigError("-o rw: a mount with --follow is read-only: publish on the writer's host; leave it out")
+        options.add("ro")
     return frozenset(options - {"rw"})
 
 
@@ -85,13 +90,15 @@ class Daemon:
     """One mount. A context manager: on entry everything that can fail before mounting has been checked.
 
     The writing mount of a state directory holds its lock, and alone has ingest/, the control socket and the HTTP API.
-    With the option `ro` any number of others shows what is published.
+    With the option `ro` any number of others shows what is published. With `follow`, the URL of a replica, it shows
+    what another host publishes, and holds the lock of a state directory that has nothing of its own.
 
     Raises ConfigError, StateError, StateLocked and CatalogTooNew, with nothing changed.
     """
 
-    def __init__(self, config: Config, path: Path, options: frozenset[str]) -> None:
+    def __init__(self, config: Config, path: Path, options: frozenset[str], follow: str | None = None) -> None:
         self._config = config
+        self._follower = None if follow is None else Follower(follow, config.store)
         self._path = path
         self._options = options
         self._ingest: Ingest | None = None
@@ -102,19 +109,31 @@ class Daemon:
         """Held while `umount` takes the mount away, so that its caller is answered before the daemon ends."""
 
     def __enter__(self) -> Daemon:
-        state_dir = self._config.store.state_dir
+        store = self._config.store
+        state_dir = store.state_dir
         self._config.check_references()
-        open_reader(self._config.store.catalog_path).close()
-        if "ro" not in self._options:
-            self._lock = mountpoint.take_lock(self._config.store.run_dir / "lock", state_dir)
+        if self._follower is None:
+            if store.followed_path.exists():
+                raise StateError(
+                    f"{state_dir}: follows the catalog of another host; give --follow URL, or make this host the "
+                    "writer as docs/OPERATOR.md says"
+                )
+            open_reader(store.catalog_path).close()
+        if "ro" not in self._options or self._follower is not None:
+            self._lock = mountpoint.take_lock(store.run_dir / "lock", state_dir)
         try:
             self._path = mountpoint.prepare(self._path, state_dir, is_writer=self._lock is not None)
+            if self._follower is not None:
+                self._follower.begin()
+                open_reader(store.catalog_path).close()
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self._follower is not None:
+            self._follower.close()
         if self._lock is not None:
             os.close(self._lock)
 
@@ -134,7 +153,8 @@ class Daemon:
         }
         catalog = CatalogReader(config.store.catalog_path)
         _say_what_is_not_configured(config)
-        writer = CatalogWriter(config.store.catalog_path)
+        follower = self._follower
+        writer = CatalogWriter(config.store.catalog_path) if follower is None else None
         self._writer = writer
         notices: list[str] = []
         cache = await _open_cache(config, notices)
@@ -147,7 +167,7 @@ class Daemon:
         )
         self._blobs = blobs
         ingest = None
-        if self._lock is not None:
+        if writer is not None and self._lock is not None:
             ingest = Ingest(
                 config,
                 catalog=catalog,
@@ -164,13 +184,16 @@ class Daemon:
             counts=counts,
             ingest=ingest,
             blobs=blobs,
+            followed=None if follower is None else follower.state,
         )
         probes = BackendProbes(backends)
         self._health = HealthDocument(
             catalog_path=config.store.catalog_path,
             probes=probes,
             queue=lambda: None if ingest is None else queue_state(ingest),
-            events=config.events,
+            events=None if follower is not None else config.events,
+            followed=None if follower is None else follower.state,
+            restore_within_seconds=config.retention.restore_within_seconds,
         )
         self._health.notices += notices
         self._sources = Sources(
@@ -182,6 +205,7 @@ class Daemon:
             calls=calls,
             blobs=blobs,
             ingest=ingest,
+            followed=None if follower is None else follower.state,
             mountpoint=str(self._path),
         )
         self._operations = CastoreOperations(
@@ -201,8 +225,11 @@ class Daemon:
                 await nursery.start(blobs.run)
                 await nursery.start(probes.run)
                 await nursery.start(counts.run)
-                if ingest is not None:
-                    await self._start_writing(nursery, ingest, blobs)
+                if ingest is not None and writer is not None:
+                    await self._start_writing(nursery, ingest, blobs, writer)
+                if follower is not None:
+                    nursery.start_soon(self._serve_http)
+                    nursery.start_soon(follower.run, partial(_read_anew, catalog))
                 self._mount()
                 nursery.start_soon(self._stop_on_signal)
                 try:
@@ -220,13 +247,16 @@ class Daemon:
                 ingest.close()
             if cache is not None:
                 cache.close()
-            writer.close()
+            if writer is not None:
+                writer.close()
             catalog.close()
 
-    async def _start_writing(self, nursery: trio.Nursery, ingest: Ingest, blobs: BlobReader) -> None:
+    async def _start_writing(
+        self, nursery: trio.Nursery, ingest: Ingest, blobs: BlobReader, writer: CatalogWriter
+    ) -> None:
         """All that only the writing mount of a state directory does."""
         nursery.start_soon(self._serve_http)
-        nursery.start_soon(self._deliver_events)
+        nursery.start_soon(self._deliver_events, writer)
         nursery.start_soon(ingest.run)
         if self._config.verify.every_seconds:
             nursery.start_soon(
@@ -342,6 +372,8 @@ class Daemon:
     async def _record_failure(self, digest: Digest, backend_id: str, reason: FailureReason) -> None:
         """A location gave missing or wrong bytes: it becomes `failed`, with an event."""
         log.error("%s in backend %s: %s", digest, backend_id, reason)
+        if self._writer is None:
+            return  # the writer's host learns it by its own reads and scrubs
         try:
             await self._writer.run(lambda transaction: record_bad_read(transaction, digest, backend_id, reason))
         except StateError as exc:
@@ -365,11 +397,11 @@ class Daemon:
             log.exception("the HTTP API failed unexpectedly; this mount goes on without it")
             self._health.notices.append("the HTTP API failed unexpectedly: the log says more")
 
-    async def _deliver_events(self) -> None:
+    async def _deliver_events(self, writer: CatalogWriter) -> None:
         """Events to whom they are for, and old ones away. The mount does without it when it fails."""
         while True:
             try:
-                await Deliveries(self._config, self._writer).run()
+                await Deliveries(self._config, writer).run()
             except StateError as exc:
                 log.error("events are not delivered: %s; tried again in %g s", exc, _REDELIVER_SECONDS)
             except Exception:
@@ -400,6 +432,14 @@ async def _open_cache(config: Config, notices: list[str]) -> DiskCache | None:
         log.warning("%s; this mount has no disk cache", exc)
         notices.append(f"{exc}; this mount has no disk cache")
         return None
+
+
+def _read_anew(catalog: CatalogReader) -> None:
+    """Another catalog has taken the place of the one that is read."""
+    try:
+        catalog.reopen()
+    except StateError as exc:
+        log.error("the catalog that came cannot be read, the one before is: %s", exc)
 
 
 def _say_what_is_not_configured(config: Config) -> None:

@@ -82,7 +82,11 @@ def test_the_wheel_holds_the_code_and_what_goes_beside_it(built: Distribution) -
     packed = {name for name in names if not name.startswith((info, data))}
     assert packed == code(built.tracked)
     assert {"castore/py.typed", "castore/api/page_files/style.css"} <= packed
-    beside = {f"share/castore/systemd/{Path(name).name}" for name in built.tracked if name.startswith("docs/systemd/")}
+    beside = {
+        f"share/castore/{name.removeprefix('docs/')}"
+        for name in built.tracked
+        if name.startswith(("docs/systemd/", "docs/replication/"))
+    }
     beside.add("share/man/man1/castore.1")
     assert {name.removeprefix(data) for name in names if name.startswith(data)} == beside
     assert f"{info}licenses/LICENSE" in names

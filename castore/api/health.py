@@ -4,11 +4,12 @@ Its form is that of `application/health+json` (draft-inadarei-api-health-check-0
 
 - fail: a blob of a published package has no good location, or none that can be reached; a backend that cannot be
   reached is the only one that some package was published to; the catalog has locations in a backend that is not
-  configured; the catalog cannot be read.
+  configured; the catalog cannot be read; a followed catalog is older than what is deleted is kept.
 - warn: other failed locations, other backends that cannot be reached; a location that was neither verified nor stored
   for VERIFY_WITHIN_DAYS; staging nearly full; puts that failed; versions of ingest/ that
   nobody changes or publishes; whatever the backends warn of; something castore
-  relies on that a backend's last probe did not find; events that wait to be delivered for over EVENTS_BEHIND_SECONDS,
+  relies on that a backend's last probe did not find; a followed catalog that was last known to be the newest over
+  FOLLOWED_SECONDS ago, or whose successor is refused; events that wait to be delivered for over EVENTS_BEHIND_SECONDS,
   or expired before they could be.
 """
 
@@ -34,6 +35,7 @@ from castore.registry.probing import consequences
 
 if TYPE_CHECKING:
     from castore.ingest.service import Ingest
+    from castore.replica.follower import FollowedState
 
 VERIFY_WITHIN_DAYS: Final = 30
 """A monthly scrub is what people run; rot that is older than backups is not mended."""
@@ -43,6 +45,8 @@ EXPIRED_NAMED: Final = 20
 """Versions that a check names; `castore status` names all."""
 EVENTS_BEHIND_SECONDS: Final = 300.0
 """For so long an event waits for a receiver that restarts; longer, somebody should look."""
+FOLLOWED_SECONDS: Final = 60.0
+"""A followed catalog is some seconds old; a network that is away for a moment is nobody's business."""
 ANSWER_SECONDS: Final = 1.0
 """A document this young is given again."""
 
@@ -103,7 +107,11 @@ class HealthDocument:
         probes: BackendProbes,
         queue: Callable[[], QueueState | None] = lambda: None,
         events: EventSettings | None = None,
+        followed: Callable[[], FollowedState] | None = None,
+        restore_within_seconds: float = 0,
     ) -> None:
+        self._followed = followed
+        self._restore_within_seconds = restore_within_seconds
         self.notices: list[str] = []
         self._events = events
         self._catalog_path = catalog_path
@@ -143,6 +151,8 @@ class HealthDocument:
             if facts.deliveries and self._events is not None:
                 keep_ns = round(self._events.keep_seconds * 10**9)
                 checks["events:delivery"] = [_delivery_check(*item, keep_ns) for item in facts.deliveries]
+        if self._followed is not None:
+            checks["catalog:followedAge"] = [_followed_check(self._followed(), self._restore_within_seconds)]
         queue = self._queue()
         if queue is not None:
             checks["staging:utilization"] = [_staging_check(queue)]
@@ -289,6 +299,19 @@ def _delivery_check(name: str, delivery: Delivery | None, waiting: Waiting, keep
         componentId=name,
         componentType="component",
     )
+
+
+def _followed_check(followed: FollowedState, restore_within_seconds: float) -> dict[str, Any]:
+    """A catalog of another host. Objects of packages deleted there are kept for a time: it must not be older."""
+    said = [followed.error] if followed.error else []
+    status = "pass"
+    if followed.error or followed.age_seconds > FOLLOWED_SECONDS:
+        status = "warn"
+        said.append(f"this is the catalog as of {followed.age_seconds:.0f} s ago, or later")
+    if followed.age_seconds > restore_within_seconds:
+        status = "fail"
+        said.append("what was deleted since may be gone, and its reads fail")
+    return _check(status, round(followed.age_seconds, 1), "seconds", output="; ".join(said), componentType="datastore")
 
 
 def _staging_check(queue: QueueState) -> dict[str, Any]:

@@ -73,6 +73,12 @@ class Metrics:
         catalog = health["checks"]["catalog:responseTime"]
         is_up = all(check["status"] == "pass" for check in catalog)
         families.gauge("castore_catalog_up", "1 when the catalog can be read.", is_up)
+        followed = self._sources.followed
+        families.gauge(
+            "castore_followed_catalog_age_seconds",
+            "How long ago a followed catalog was last known to be the newest.",
+            [] if followed is None else [((), followed().age_seconds)],
+        )
         families.gauge(
             "castore_health_status",
             "1 for what /health says: pass, warn or fail.",

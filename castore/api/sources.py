@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from castore.storage.measured import CallStats
 if TYPE_CHECKING:
     from castore.blobs.reader import BlobReader
     from castore.ingest.service import Ingest
+    from castore.replica.follower import FollowedState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,8 @@ class Sources:
     """What was asked of each backend."""
     blobs: BlobReader | None = None
     ingest: Ingest | None = None
+    followed: Callable[[], FollowedState] | None = None
+    """How the catalog is, where it follows that of another host."""
     mountpoint: str = ""
     """Empty without a mount."""
     started_ns: int = field(default_factory=time.time_ns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +15,7 @@ from castore.api.counts import CatalogCounts
 if TYPE_CHECKING:
     from castore.blobs.reader import BlobReader
     from castore.ingest.service import Ingest
+    from castore.replica.follower import FollowedState
 
 STATES: Final = ("receiving", "staged", "uploading", "stored", "failed")
 
@@ -22,8 +24,16 @@ class StatusDocument:
     """Makes the document from a daemon's parts; `ingest` is None on a read-only mount, which has no queue."""
 
     def __init__(
-        self, *, state_dir: Path, mountpoint: Path, counts: CatalogCounts, ingest: Ingest | None, blobs: BlobReader
+        self,
+        *,
+        state_dir: Path,
+        mountpoint: Path,
+        counts: CatalogCounts,
+        ingest: Ingest | None,
+        blobs: BlobReader,
+        followed: Callable[[], FollowedState] | None = None,
     ) -> None:
+        self._followed = followed
         self._state_dir = state_dir
         self._mountpoint = mountpoint
         self._counts = counts
@@ -46,6 +56,7 @@ class StatusDocument:
             "mountpoint": str(self._mountpoint),
             "read_only": self._ingest is None,
             "http_url": self.http_url,
+            **({} if self._followed is None else {"followed": asdict(self._followed())}),
             "package_count": counts.package_count,
             "package_bytes": counts.package_bytes,
             **({} if self._ingest is None else self._staged(self._ingest)),

@@ -33,6 +33,9 @@ BUSY_TIMEOUT_MS: Final = 5_000
 FIRST_INODE: Final = 1024
 """Smaller numbers are the mount's own fixed directories and files."""
 
+FOLLOWED_NAME: Final = "followed.json"
+"""Beside a catalog that is another host's, and that only whoever follows it replaces."""
+
 _CACHE_KIB: Final = 16 * 1024
 """Page cache of one connection: holds the index pages of some hundred thousand entries."""
 
@@ -131,11 +134,22 @@ def open_reader(path: Path, kind: Migrations = schema.catalog_migrations) -> Dat
 
 
 def open_writer(path: Path, kind: Migrations = schema.catalog_migrations, *, synchronous: str = "FULL") -> Database:
-    """A connection that may write, to an existing database. Raises as `open_reader` does."""
+    """A connection that may write, to an existing database. Raises as `open_reader` does, and StateError for a catalog
+    that follows another host's.
+    """
+    _check_own(path)
     database = _open(path, kind, mode="rw", settings=f"synchronous = {synchronous}")
     with sqlite_errors(path):
         database.execute("PRAGMA journal_mode = WAL")  # a backup that took the catalog's place has no log yet
     return database
+
+
+def _check_own(path: Path) -> None:
+    if path.with_name(FOLLOWED_NAME).exists():
+        raise StateError(
+            f"{path}: is a copy that follows the catalog of another host; write there, or make this host the writer as "
+            "docs/OPERATOR.md says"
+        )
 
 
 def _open(path: Path, kind: Migrations, *, mode: str, settings: str) -> Database:
@@ -177,6 +191,7 @@ def create_catalog(path: Path) -> Path | None:
     state directory meanwhile. Raises CatalogTooNew for one from the future, StateError for a file that is no database
     or is not sound, StateLocked, and OSError when there is no room for the copy; then it is as it was.
     """
+    _check_own(path)
     with _upgrading(path) as copy, _migrated(path, schema.catalog_migrations) as database:
         now = time.time_ns()
         database.execute("INSERT OR IGNORE INTO catalog_info VALUES (1, ?, ?)", [str(uuid.uuid4()), now])

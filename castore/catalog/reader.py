@@ -23,6 +23,7 @@ from castore.catalog.records import (
 )
 from castore.catalog.uses import paths_of
 from castore.digest import BlobSummary, Digest
+from castore.errors import StateError
 
 _ENTRY: Final = (
     "entry_id, parent_id, name, inode, kind, mode, uid, gid, mtime_ns, ctime_ns, size_bytes, nlink, blob_id, target"
@@ -70,6 +71,15 @@ class CatalogReader:
         """The catalog at `path`."""
         return cls(path)
 
+    def reopen(self) -> None:
+        """Read what lies at the path now, where another catalog has taken its place. Raises as opening does; then the
+        one before is read on.
+        """
+        database = open_reader(self.path)
+        self._database.close()
+        self._database = database
+        self._execute = executor(database.conn, self.path)
+
     def __enter__(self) -> Self:
         return self
 
@@ -92,6 +102,16 @@ class CatalogReader:
     def catalog_id(self) -> str:
         """The UUID made when the catalog was made."""
         return str(self._one("SELECT catalog_id FROM catalog_info")[0])
+
+    def next_inode(self) -> int:
+        """The first inode number that was not given out yet."""
+        return int(self._one("SELECT next_value FROM sequences WHERE name = 'inode'")[0])
+
+    def quick_check(self) -> None:
+        """Read all of it, as SQLite's quick check does. Raises StateError when it is damaged."""
+        said = [str(row[0]) for row in self._rows("PRAGMA quick_check(1)")]
+        if said != ["ok"]:
+            raise StateError(f"{self.path}: is damaged: {'; '.join(said)}")
 
     # entries
 

@@ -34,6 +34,11 @@ _READY_LINE_MAX_BYTES: Final = 64 * 1024
 @mountpoint_argument
 @click.option("-o", "options", metavar="OPTS", multiple=True, help="Mount options, separated by commas.")
 @click.option("--allow-other", is_flag=True, help="Let all users of this host use the mount.")
+@click.option(
+    "--follow",
+    metavar="URL",
+    help="Show what another host publishes: the URL of a replica that litestream keeps of its catalog.",
+)
 @click.option("--background", is_flag=True, help="Return once it is mounted; the daemon lives on.")
 @click.option(
     "--wait",
@@ -52,6 +57,7 @@ def command(
     mountpoint: Path,
     options: tuple[str, ...],
     allow_other: bool,
+    follow: str | None,
     background: bool,
     wait_seconds: float,
     as_json: bool,
@@ -60,16 +66,22 @@ def command(
 
     Without any configuration, the first time, it makes a store in your data folder, and MNT.
 
+    With --follow, the state directory is for that alone, and the program litestream is needed; for a replica in a
+    folder the URL is file:///PATH.
+
     Example: castore mount ~/store --background
     """
     config = session.config()
     state_dir = config.store.state_dir
     mountpoint = mountpoint.absolute()
     if not state_dir.is_dir():
+        if follow is not None:
+            _make_state_dir(state_dir)
         # A configured place that is not there may be a disk that is not mounted: nothing is made in its stead.
-        if config.source is not None or "ro" in ",".join(options).split(","):
+        elif config.source is not None or "ro" in ",".join(options).split(","):
             raise StateError(f"{state_dir}: there is no store; run `castore init`")
-        _make_first_store(config, mountpoint)
+        else:
+            _make_first_store(config, mountpoint)
     # -P: the working directory must not decide what the module `mount` is.
     arguments = [sys.executable, "-P", "-m", "mount"]
     if config.source is not None:
@@ -79,6 +91,8 @@ def command(
         arguments += ["-o", ",".join(options)]
     if allow_other:
         arguments.append("--allow-other")
+    if follow is not None:
+        arguments += ["--follow", follow]
     if session.log_level is not None:
         arguments += ["--log-level", session.log_level]
     if not background:
@@ -104,6 +118,14 @@ def _make_first_store(config: Config, mountpoint: Path) -> None:
         f"made a new store in {printable(str(config.store.state_dir))}; `castore init` writes settings to change",
         err=True,
     )
+
+
+def _make_state_dir(state_dir: Path) -> None:
+    """Of a mount that follows: nothing but copies will be in it."""
+    try:
+        state_dir.mkdir(mode=0o700)
+    except OSError as exc:
+        raise StateError(f"{state_dir}: cannot be made ({exc.strerror}); make the folder around it") from exc
 
 
 def start_in_background(arguments: list[str], log_path: Path, wait_seconds: float) -> int:

@@ -107,7 +107,8 @@ def test_the_units_are_sound(unit: str, tmp_path: Path) -> None:
     for path in UNITS.iterdir():
         name = path.name.replace("@.", "@store.")
         instances[path.name] = tmp_path / name
-        (tmp_path / name).write_text(path.read_text().replace("/usr/local/bin/castore", sys.executable))
+        text = path.read_text().replace("/usr/local/bin/castore", sys.executable)
+        (tmp_path / name).write_text(text.replace("/usr/local/bin/litestream", sys.executable))
     command = ["systemd-analyze", "verify", "--man=no", str(instances[unit])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
