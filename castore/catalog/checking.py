@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from sqlite_utils import Database
 
 from castore.catalog import schema
-from castore.catalog.checks import CHECKS, RESTORE
+from castore.catalog.checks import CHECKS, RESTORE, Check
 from castore.catalog.reader import CatalogReader
 from castore.errors import CatalogBusy, StateError
 
@@ -40,6 +41,12 @@ SELECT entry_id FROM entries AS here WHERE kind = 1 AND NOT EXISTS (
     WITH RECURSIVE up(id) AS (
         SELECT here.parent_id UNION SELECT above.parent_id FROM up JOIN entries AS above ON above.entry_id = up.id
     ) SELECT 1 FROM up JOIN package_names ON inode = up.id)
+"""
+# Whether an entry lies in a deleted package.
+_DELETED: Final = """
+WITH RECURSIVE up(id) AS (
+    SELECT ? UNION SELECT above.parent_id FROM up JOIN entries AS above ON above.entry_id = up.id
+) SELECT is_purging FROM up JOIN deleted_packages ON root_id = up.id
 """
 
 
@@ -91,7 +98,7 @@ class CheckReader(CatalogReader):
         for check in CHECKS:
             if check.needs not in tables:
                 continue
-            steps.append((check.name, check.title, check.mend, lambda sql=check.sql: self._rows(sql)))  # type: ignore[misc]
+            steps.append((check.name, check.title, check.mend, partial(self._breaking, check)))
         steps.append(
             ("trees", "packages have the files and bytes that they say, and nothing lies astray", RESTORE, self._trees)
         )
@@ -124,6 +131,18 @@ class CheckReader(CatalogReader):
         result.kept = [Trouble(name, self._named(where), what, mend) for where, what in kept]
         result.seconds = time.monotonic() - began
         return result
+
+    def _breaking(self, check: Check) -> Iterator[tuple[Any, str]]:
+        for where, what in self._rows(check.sql):
+            if check.holds_in_purge or not self._deletion(where)[1]:
+                yield where, what
+
+    def _deletion(self, entry_id: int) -> tuple[bool, bool]:
+        """Whether an entry lies in a deleted package, and whether that one is being purged."""
+        if "deleted_packages" not in self._tables():
+            return False, False
+        row = self._one(_DELETED, entry_id)
+        return row is not None, row is not None and bool(row[0])
 
     def _named(self, where: Any) -> str:
         """A place in words: of an entry_id, its path as far as it leads up."""
@@ -207,7 +226,8 @@ class CheckReader(CatalogReader):
         if count != reached:
             yield "entries", f"there are {count}, but packages lead to {reached}"
             for (entry_id,) in self._rows(_ADRIFT):
-                yield entry_id, "no package leads to this directory"
+                if not self._deletion(entry_id)[0]:
+                    yield entry_id, "no package leads to this directory"
 
 
 def _fresh() -> Database:

@@ -26,11 +26,14 @@ SELECT name || '/' || version FROM packages WHERE manifest_blob_id = :blob
 ORDER BY ref LIMIT :limit
 """
 
+# The root of a deleted package hangs below no NAME, but below the negative of its own number.
+_ANY_DELETED: Final = "SELECT EXISTS (SELECT 1 FROM entries WHERE parent_id < 0)"
+
 _PATHS: Final = """
 WITH RECURSIVE up(first_id, parent_id, name, path) AS (
     SELECT * FROM (
         SELECT entry_id, parent_id, name, x'' FROM entries WHERE blob_id = :blob AND blob_id <> 0
-        ORDER BY entry_id LIMIT :limit
+        ORDER BY entry_id LIMIT :names
     )
     UNION ALL
     SELECT first_id, entries.parent_id, entries.name, CAST(iif(path = x'', up.name, up.name || '/' || path) AS BLOB)
@@ -62,12 +65,17 @@ def packages_of(execute: Execute, blob_id: int, limit: int) -> tuple[str, ...]:
 def paths_of(execute: Execute, blob_id: int, limit: int) -> tuple[list[Use], int]:
     """Up to `limit` uses of a blob in published packages, oldest first, and how many there are in all.
 
-    As a manifest, a blob is used with an empty path.
+    As a manifest, a blob is used with an empty path. Of a blob with more than 1000 names, those in deleted packages
+    are counted with the others, and uses are looked for among the oldest.
     """
     manifests = "FROM packages WHERE manifest_blob_id = ?"
-    count = execute("SELECT count(*) FROM entries WHERE blob_id = ? AND blob_id <> 0", (blob_id,)).fetchone()[0]
-    count += execute(f"SELECT count(*) {manifests}", (blob_id,)).fetchone()[0]
     rows = execute(f"SELECT name || '/' || version, x'' {manifests} ORDER BY package_id LIMIT ?", (blob_id, limit))
     uses = [Use(*row) for row in rows]
-    rows = execute(_PATHS, {"blob": blob_id, "limit": limit - len(uses)})
-    return uses + [Use(*row) for row in rows], count
+    count = execute(f"SELECT count(*) {manifests}", (blob_id,)).fetchone()[0]
+    names = execute("SELECT count(*) FROM entries WHERE blob_id = ? AND blob_id <> 0", (blob_id,)).fetchone()[0]
+    # Without deleted packages every name is a use: no more of them are followed up than are wanted.
+    looked_at = _NAMES_LOOKED_AT if execute(_ANY_DELETED).fetchone()[0] else limit - len(uses)
+    files = [Use(*row) for row in execute(_PATHS, {"blob": blob_id, "names": looked_at})]
+    if len(files) < names <= looked_at:
+        names = len(files)
+    return (uses + files)[:limit], count + names

@@ -16,7 +16,7 @@ from pysqlite3 import dbapi2 as sqlite3
 
 from castore.catalog.checking import FINDINGS_KEPT, CheckReader, CheckResult
 from castore.catalog.checks import CHECKS, _name_is_wrong
-from castore.catalog.deleting import delete_package
+from castore.catalog.deleting import begin_purge, delete_package, drop_entries
 from castore.catalog.tagging import set_tag
 from castore.registry.names import is_valid_name
 from tests.catalog.catalogs import Catalog, made
@@ -185,6 +185,24 @@ def test_what_is_wrong_with_tags(tagged: Catalog, statement: str, says: str) -> 
     assert {name: result.kept for name, result in results_of(tagged).items() if result.count} == {}
     change(tagged, statement)
     assert says in [f"{trouble.where}: {trouble.what}" for trouble in results_of(tagged)["tags"].kept]
+
+
+@pytest.mark.parametrize("gone", [(2003,), (2005,), (2002, 2003)])
+def test_a_purge_that_is_half_done_is_sound(hidden: Catalog, gone: tuple[int, ...]) -> None:
+    """Names of one file go in different transactions. Of a package that can be restored, none may be missing."""
+    hidden.change(partial(drop_entries, entry_ids=gone))
+    assert results_of(hidden)["links"].count
+    hidden.change(partial(begin_purge, deletion_id=1, before_ns=9))
+    assert {name: result.kept for name, result in results_of(hidden).items() if result.count} == {}
+
+
+def test_directories_of_deleted_packages_are_not_adrift(hidden: Catalog) -> None:
+    change(hidden, "UPDATE entries SET parent_id = 1999, name = x'78' WHERE entry_id = 2004")
+    [trouble] = results_of(hidden)["trees"].kept
+    assert trouble.where == "entries"
+    change(hidden, "UPDATE entries SET parent_id = 2002 WHERE entry_id = 2002")
+    named = {trouble.where for trouble in results_of(hidden)["trees"].kept} - {"entries"}
+    assert [name.split()[1] for name in named] == ["2002"]
 
 
 def test_every_check_is_tried() -> None:

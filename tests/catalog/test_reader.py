@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from functools import partial
+
 import pytest
 
+from castore.catalog.connection import open_writer
+from castore.catalog.deleting import delete_package
 from castore.catalog.records import FailureReason, Kind, Location, LocationStatus, PackageName
 from castore.digest import Digest
 from tests.catalog.catalogs import MANIFEST, ROOT, TOP, Catalog, summary_of
@@ -138,3 +143,22 @@ def test_where_a_blob_is_used(published: Catalog) -> None:
     assert {(use.ref, use.path) for use in uses} == {("zlib/1.3", b"dir/\xff one"), ("zlib/1.3", b"hard link")}
     assert count == 2
     assert len(reader.paths_of(blob.blob_id, 1)[0]) == 1
+
+
+def test_a_deleted_package_uses_nothing(published: Catalog) -> None:
+    """Its names come first, and yet those of packages that are published are found."""
+    blob = published.reader.blob_by_digest(summary_of(b"one").digest)
+    assert blob is not None
+    published.change(partial(delete_package, name="zlib", version="1.3", uid=0, now_ns=8))
+    assert published.reader.paths_of(blob.blob_id, 1) == ([], 0)
+    with closing(open_writer(published.path).conn) as raw:
+        columns = "kind, mode, uid, gid, mtime_ns, ctime_ns, size_bytes, nlink, blob_id, target"
+        for entry_id, parent, name, like in ((3001, 2010, "1.4", 2001), (3002, 3001, "again", 2003)):
+            raw.execute(
+                f"INSERT INTO entries (entry_id, inode, parent_id, name, {columns}) "
+                f"SELECT ?, ?, ?, CAST(? AS BLOB), {columns} FROM entries WHERE entry_id = ?",
+                (entry_id, entry_id, parent, name, like),
+            )
+        raw.commit()
+    uses, count = published.reader.paths_of(blob.blob_id, 1)
+    assert ([(use.ref, use.path) for use in uses], count) == ([("zlib/1.4", b"again")], 1)
