@@ -286,7 +286,8 @@ def _delivery_check(name: str, delivery: Delivery | None, waiting: Waiting, keep
     """A sink; what is lost is said for as long as events are kept."""
     now = time.time_ns()
     said = []
-    if waiting.count and now - waiting.oldest_ns > EVENTS_BEHIND_SECONDS * 10**9:
+    waiting_s = max(0, now - waiting.oldest_ns) / 10**9 if waiting.count else 0.0
+    if waiting_s > EVENTS_BEHIND_SECONDS:
         error = delivery.error if delivery is not None else ""
         said.append(error or "no process delivers events: mount, or run `castore events --deliver`")
     if delivery is not None and delivery.lost_count and now - delivery.lost_at_ns < keep_ns:
@@ -298,6 +299,8 @@ def _delivery_check(name: str, delivery: Delivery | None, waiting: Waiting, keep
         output="; ".join(said),
         componentId=name,
         componentType="component",
+        waitingSeconds=round(waiting_s, 1),
+        lostCount=0 if delivery is None else delivery.lost_count,
     )
 
 

@@ -91,6 +91,7 @@ class Metrics:
             "Blobs of packages without a good location that can be reached, as far as health looks.",
             [((), check["observedValue"]) for check in unreadable],
         )
+        _add_deliveries(families, health["checks"].get("events:delivery", []))
 
     def _add_backends(self, families: Families, probes: dict[str, Probe]) -> None:
         calls = [(self._label(backend_id), stats) for backend_id, stats in self._sources.calls.items()]
@@ -213,6 +214,27 @@ class Metrics:
             ["backend"],
             max,
         )
+
+
+def _add_deliveries(families: Families, sinks: list[dict[str, Any]]) -> None:
+    families.gauge(
+        "castore_events_waiting",
+        "Events that a sink of the configuration has not taken yet.",
+        [((sink["componentId"],), sink["observedValue"]) for sink in sinks],
+        ["sink"],
+    )
+    families.gauge(
+        "castore_events_waiting_age_seconds",
+        "How old the first of them is.",
+        [((sink["componentId"],), sink["waitingSeconds"]) for sink in sinks],
+        ["sink"],
+    )
+    families.counter(
+        "castore_events_lost_total",
+        "Events that expired before the sink took them.",
+        [((sink["componentId"],), sink["lostCount"]) for sink in sinks],
+        ["sink"],
+    )
 
 
 def _add_reads(families: Families, blobs: BlobReader) -> None:

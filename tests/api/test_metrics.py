@@ -11,10 +11,12 @@ import trio
 from castore.api.metrics import BACKENDS_MAX, OTHERS, Metrics
 from castore.api.sources import Sources
 from castore.catalog.records import FailureReason
+from castore.config_events import EventFileSettings, EventSettings
 from castore.errors import StorageUnavailable
 from castore.storage.measured import CallStats, MeasuredBackend
 from tests.api.exposition import documented, promtool, samples, served
 from tests.api.observed import observe
+from tests.api.test_health import package_published
 from tests.published import PublishedStore, numbered_files
 
 DAY_NS = 86_400 * 10**9
@@ -111,6 +113,21 @@ async def test_backends_that_fail(store: PublishedStore, nursery: trio.Nursery) 
     assert found['castore_backend_errors_total{backend="first",kind="storage_unavailable"}'] == 0
     assert found['castore_backend_health{backend="second",status="fail"}'] == 1
     assert found['castore_backend_health{backend="first",status="pass"}'] == 1
+
+
+async def test_events_that_wait(store: PublishedStore, nursery: trio.Nursery) -> None:
+    sinks = EventSettings(keep_seconds=86_400, file=EventFileSettings(path=store.root / "events"))
+    old = [package_published(age) for age in (600, 500, 400)]
+    store.write(lambda transaction: transaction.begin_delivery("file", 0))
+    store.write(lambda transaction: transaction.add_events(old))
+    store.write(lambda transaction: transaction.give_up_events(1, {"file": lambda _: True}))
+    found = samples((await Metrics(await observe(store, nursery, events=sinks)).make())[0].decode())
+    assert found['castore_events_waiting{sink="file"}'] == 2
+    assert found['castore_events_waiting_age_seconds{sink="file"}'] == pytest.approx(500, abs=60)
+    assert found['castore_events_lost_total{sink="file"}'] == 1
+    store.write(lambda transaction: transaction.set_delivered("file", 3))
+    found = samples((await Metrics(await observe(store, nursery, events=sinks)).make())[0].decode())
+    assert found['castore_events_waiting{sink="file"}'] == found['castore_events_waiting_age_seconds{sink="file"}'] == 0
 
 
 async def test_a_catalog_that_is_gone(store: PublishedStore, scrape: Scrape) -> None:
