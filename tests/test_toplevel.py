@@ -102,6 +102,7 @@ def test_scripts_are_sound_shell() -> None:
         "rgw start",
         "bench-memory",
         "bench-requests",
+        "bench-verify",
         "disaster-drill",
         "disaster-drill --packages",
     ],

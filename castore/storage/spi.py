@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import BinaryIO, Literal, Protocol, runtime_checkable
+from typing import BinaryIO, Literal, Protocol, TypeVar, runtime_checkable
 
 from castore.digest import Digest
 
@@ -73,6 +73,35 @@ class Probing(Protocol):
         Bounded in time. Works in a place of its own, touches no object, and leaves nothing there, also when it is
         cancelled; what a killed probe left is removed by a later one. A question that cannot be answered for now is a
         finding that says so. Raises StorageError when nothing can be asked at all.
+        """
+
+
+class Taker(Protocol):
+    """Is given bytes in a thread, as a hasher is. A piece is its own only until `update` returns; it raises nothing."""
+
+    def update(self, piece: memoryview, /) -> None: ...
+
+
+TakerT = TypeVar("TakerT", bound=Taker)
+
+
+@runtime_checkable
+class Scanning(Protocol):
+    """What a backend may offer beside the contract: bytes that are looked at where they are read, in its own thread.
+
+    For who reads everything and keeps nothing: the piece is small enough to be in the processor's cache still.
+    """
+
+    @property
+    def scans(self) -> bool:
+        """Whether `scan` may be called: a backend around another one can as much as that."""
+
+    async def scan(self, digest: Digest, *, offset: int, length: int, begin: Callable[[], TakerT]) -> TakerT:
+        """As `get`, but hands the bytes piece by piece, in order, to what `begin` makes; the one that got them all.
+
+        `begin` is called in the thread, once for each try, and once more by a try that was given up and comes late. A
+        scan that is cancelled returns at once, and its thread gives up after the piece that it is at; so a taker must
+        touch nothing that others use by then.
         """
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Literal, TypeVar
 
 from castore.digest import Digest
-from castore.storage.spi import BackendHealth, ObjectInfo, Source, StorageBackend
+from castore.storage.spi import BackendHealth, ObjectInfo, Scanning, Source, StorageBackend, TakerT
 
 T = TypeVar("T")
 
@@ -32,6 +32,7 @@ class Wrapping(ABC):
 
     def __init__(self, inner: StorageBackend) -> None:
         self._inner = inner
+        self._scanning = inner if isinstance(inner, Scanning) and inner.scans else None
 
     @abstractmethod
     async def _around(self, operation: Operation, call: Callable[[], Awaitable[T]]) -> T:
@@ -53,6 +54,15 @@ class Wrapping(ABC):
         self, digest: Digest, *, offset: int, length: int, into: bytearray | memoryview | None = None
     ) -> memoryview:
         call = partial(self._inner.get, digest, offset=offset, length=length, into=into)
+        return await self._around(Operation("get", str(digest), length), call)
+
+    @property
+    def scans(self) -> bool:
+        return self._scanning is not None
+
+    async def scan(self, digest: Digest, *, offset: int, length: int, begin: Callable[[], TakerT]) -> TakerT:
+        assert self._scanning is not None, "whoever calls has asked"
+        call = partial(self._scanning.scan, digest, offset=offset, length=length, begin=begin)
         return await self._around(Operation("get", str(digest), length), call)
 
     async def head(self, digest: Digest) -> ObjectInfo:

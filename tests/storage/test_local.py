@@ -10,6 +10,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import trio
@@ -29,12 +30,18 @@ from castore.storage.backends.local import LOW_FREE_BYTES, LocalBackend
 from castore.storage.conformance_sources import BlockingSource
 from castore.storage.deadline import DeadlineBackend
 from castore.storage.layout import key_of
+from castore.storage.retry import RetryingBackend
 from castore.storage.source import BytesSource
+from castore.storage.wrapping import Operation, Wrapping
+from castore.verify.reading import ObjectReader, Reading
 
+T = TypeVar("T")
 DATA = bytes(range(256)) * 40
 DIGEST = Digest.of(DATA)
 OTHER_DATA = b"other bytes"
 OTHER = Digest.of(OTHER_DATA)
+LARGE = bytes(range(251)) * 5000
+LARGE_DIGEST = Digest.of(LARGE)
 ABSENT = Digest.of(b"absent")
 
 CALLS: dict[str, Callable[[LocalBackend], Awaitable[object]]] = {
@@ -444,6 +451,106 @@ async def test_a_disk_that_hangs_costs_a_thread_and_no_caller(tmp_path: Path) ->
     backend.go_on.set()
     await trio.to_thread.run_sync(backend.went_on.wait)
     assert buffer == b"\xee" * len(DATA)
+
+
+class Given(bytearray):
+    """A taker that keeps what it is given."""
+
+    update = bytearray.extend
+
+
+async def scanned(backend: Wrapping | LocalBackend, length: int, *, offset: int = 0) -> list[bytes]:
+    """What the taker of each try was given."""
+    tries: list[Given] = []
+
+    def begin() -> Given:
+        tries.append(Given())
+        return tries[-1]
+
+    assert await backend.scan(LARGE_DIGEST, offset=offset, length=length, begin=begin) is tries[-1]
+    return [bytes(given) for given in tries]
+
+
+async def test_a_scan_hands_over_what_a_get_gives(backend: LocalBackend) -> None:
+    await backend.put(LARGE_DIGEST, BytesSource(LARGE))
+    assert await scanned(backend, len(LARGE)) == [LARGE]
+    assert await scanned(backend, 300_000, offset=5) == [LARGE[5:300_005]]
+    with pytest.raises(ObjectTruncated):
+        await scanned(backend, len(LARGE) + 1)
+    await backend.delete(LARGE_DIGEST)
+    with pytest.raises(ObjectMissing):
+        await scanned(backend, 1)
+
+
+class FailsOnce(Wrapping):
+    """Its first call is done, and then said to have failed."""
+
+    has_failed = False
+
+    async def _around(self, operation: Operation, call: Callable[[], Awaitable[T]]) -> T:
+        answer = await call()
+        if not self.has_failed:
+            self.has_failed = True
+            raise StorageUnavailable("once")
+        return answer
+
+
+async def test_a_scan_that_is_tried_again_begins_anew(backend: LocalBackend) -> None:
+    await backend.put(LARGE_DIGEST, BytesSource(LARGE))
+    assert await scanned(RetryingBackend(FailsOnce(backend)), len(LARGE)) == [LARGE, LARGE]
+    reading = await ObjectReader(RetryingBackend(FailsOnce(backend))).judge(LARGE_DIGEST, len(LARGE))
+    assert reading == Reading(None, LARGE_DIGEST, len(LARGE))
+
+
+async def test_a_try_of_a_scan_that_comes_late_is_nobodys(backend: LocalBackend) -> None:
+    """A disk hangs, the scan is tried again and done, and only then the first try begins."""
+    await backend.put(LARGE_DIGEST, BytesSource(LARGE))
+    go_on, tries = threading.Event(), iter([True])
+    late: list[Given] = []
+
+    def begin() -> Given:
+        taker = Given()
+        if next(tries, False):
+            go_on.wait()
+            late.append(taker)
+        return taker
+
+    patient = RetryingBackend(DeadlineBackend(backend, base_s=0.1, read_base_s=0.1))
+
+    done = await patient.scan(LARGE_DIGEST, offset=0, length=len(LARGE), begin=begin)
+    assert not late
+    go_on.set()
+    await until(lambda: bool(late))
+    assert [bytes(done), bytes(late[0])] == [LARGE, b""]
+
+
+class Waits(Given):
+    """A taker that waits within its first piece."""
+
+    def __init__(self, go_on: threading.Event) -> None:
+        super().__init__()
+        self.go_on, self.taken = go_on, 0
+
+    def update(self, piece: memoryview) -> None:  # type: ignore[override]
+        self.taken += 1
+        self.go_on.wait()
+
+
+async def test_a_cancelled_scan_reads_no_further(backend: LocalBackend) -> None:
+    await backend.put(LARGE_DIGEST, BytesSource(LARGE))
+    taker = Waits(threading.Event())
+
+    async with trio.open_nursery() as nursery:
+
+        async def scan() -> None:
+            await backend.scan(LARGE_DIGEST, offset=0, length=len(LARGE), begin=lambda: taker)
+
+        nursery.start_soon(scan)
+        await until(lambda: bool(taker.taken))
+        nursery.cancel_scope.cancel()
+    taker.go_on.set()
+    await until(lambda: not [thread for thread in threading.enumerate() if thread.name == "castore local"])
+    assert taker.taken == 1
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])

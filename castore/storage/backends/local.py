@@ -27,7 +27,7 @@ from castore.storage.layout import digest_of, key_of
 from castore.storage.pages import Pages
 from castore.storage.receive import receiving_view
 from castore.storage.source import read_exactly
-from castore.storage.spi import BackendHealth, ObjectInfo, ProbeReport, Source
+from castore.storage.spi import BackendHealth, ObjectInfo, ProbeReport, Source, TakerT
 
 T = TypeVar("T")
 
@@ -46,6 +46,8 @@ LOW_FREE_INODES: Final = 10_000
 
 _INLINE_BYTES: Final = 1 << 20
 """Bytes copied from the page cache before other tasks get their turn; about 100 microseconds."""
+_SCAN_BYTES: Final = 1 << 18
+"""A piece of a scan: fits into a core's cache, where SHA-256 takes 0.6 of the time that it takes from memory."""
 _RECENT_PATHS: Final = 1024
 """Paths that may be read without a thread: 8 microseconds for 4 KiB instead of 60."""
 _PAGE_OBJECTS: Final = 1000
@@ -127,23 +129,52 @@ class LocalBackend:
 
     def _read(self, digest: Digest, buffer: memoryview, offset: int) -> bool:
         """Fill the buffer; whether the next read may try `_read_cached`."""
+        fd = self._open(digest)
+        try:
+            done = 0
+            while done < len(buffer):
+                count = os.preadv(fd, [buffer[done:]], offset + done)
+                if count == 0:
+                    raise self._truncated(digest, offset + len(buffer))
+                done += count
+            return _read_nowait(fd, memoryview(bytearray(1)), offset) > 0
+        finally:
+            os.close(fd)
+
+    def _open(self, digest: Digest) -> int:
         try:
             # Not blocking: should a pipe lie there, opening it would wait for a writer, for ever.
             fd = os.open(self._path(digest), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError as exc:
             raise self._missing(digest) from exc
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise self._missing(digest)
+        return fd
+
+    @property
+    def scans(self) -> bool:
+        return True
+
+    async def scan(self, digest: Digest, *, offset: int, length: int, begin: Callable[[], TakerT]) -> TakerT:
+        permit = _Permit()
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise self._missing(digest)
-            done = 0
-            while done < len(buffer):
-                count = os.preadv(fd, [buffer[done:]], offset + done)
+            work = partial(self._scan, digest, offset, length, begin, permit)
+            return await self._in_thread(self._readers, f"get {digest}", work)
+        finally:
+            permit.withdraw()
+
+    def _scan(self, digest: Digest, offset: int, length: int, begin: Callable[[], TakerT], permit: _Permit) -> TakerT:
+        fd = self._open(digest)
+        try:
+            taker, piece, done = begin(), memoryview(bytearray(min(length, _SCAN_BYTES))), 0
+            while done < length and not permit.withdrawn:
+                count = os.preadv(fd, [piece[: length - done]], offset + done)
                 if count == 0:
-                    raise ObjectTruncated(
-                        f"backend {self.backend_id}: {digest} ends before byte {offset + len(buffer)}"
-                    )
+                    raise self._truncated(digest, offset + length)
+                taker.update(piece[:count])
                 done += count
-            return _read_nowait(fd, memoryview(bytearray(1)), offset) > 0
+            return taker
         finally:
             os.close(fd)
 
@@ -278,6 +309,9 @@ class LocalBackend:
 
     def _path(self, digest: Digest) -> str:
         return f"{self.path}/{key_of(digest)}"
+
+    def _truncated(self, digest: Digest, end: int) -> ObjectTruncated:
+        return ObjectTruncated(f"backend {self.backend_id}: {digest} ends before byte {end}")
 
     def _missing(self, digest: Digest) -> ObjectMissing:
         self._tree.require_root()  # of a disk that is not mounted nothing is known
