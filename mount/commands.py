@@ -88,7 +88,8 @@ class Commands:
         async def tell(progress: PublishProgress) -> None:
             await report(asdict(progress))
 
-        with suppress(NotFound):  # someone else was quicker: publish says so
+        # Someone else may be quicker: publish says so.
+        with suppress(NotFound), self._ingest.files.room.leaving(node.inode):
             await self._ingest.publisher.wait_stored(node.inode, report=tell)
         if tree.find(node.inode) is not None and tree.version_path(node.inode) != (name, version):
             raise NotFound(f"ingest/{name}/{version} was renamed while it was stored")

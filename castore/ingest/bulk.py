@@ -134,7 +134,8 @@ class BulkImport:
         """Wait until a staged version is stored, and publish it. Raises as `Publisher` does."""
         publisher, order = self._ingest.publisher, self._order
         for left in reversed(range(PUBLISH_TRIES)):
-            await publisher.wait_stored(version_inode)
+            with self._files.room.leaving(version_inode):
+                await publisher.wait_stored(version_inode)
             try:
                 await publisher.publish(version_inode, order.name, order.version.encode(), wait_seconds=wait_seconds)
                 return

@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS: Final = 1.0
 """Between tries to note a digest while the workspace cannot be written."""
+ROOM_SECONDS: Final = 30.0
+"""How long a write waits for room that a publish may give back; then it is ENOSPC. Longer than a publish by rename
+waits for puts (`ingest.publish_wait`, 5 s), and no longer than somebody bears whose Ctrl-C such a write holds up."""
 RESERVE_BYTES: Final = 16 * 1024 * 1024
 """Bytes of users leave that much of the disk, or a sixteenth of a small one, to the workspace: else nothing could be
 removed from a full one, since that is written down too."""
@@ -206,11 +209,14 @@ class StagedFiles:
         return os.pread(file.descriptor, length, offset)
 
     async def write(self, file: StagedFile, offset: int, data: bytes) -> int:
-        """Write bytes; returns how many, fewer only when the disk is full. Raises StagingFull and OSError."""
+        """Write bytes; returns how many, fewer only when the disk is full. Raises StagingFull and OSError.
+
+        Waits while there is no room, and a publish of another version is about to make some; ROOM_SECONDS at most.
+        """
+        if offset + len(data) > file.size_bytes and not file.is_published:
+            await self._wait_for_room(file, offset, len(data))
         self._begin_change(file)
         grow = max(0, offset + len(data) - file.size_bytes)
-        if grow:
-            _check_disk(file.descriptor, len(data))
         self.room.reserve(file.uid, grow)
         written = 0
         try:
@@ -230,6 +236,23 @@ class StagedFiles:
                 file.hash_end = end
                 await self._hash(file, hasher, data)
         return written
+
+    async def _wait_for_room(self, file: StagedFile, offset: int, size_bytes: int) -> None:
+        """Until a write fits; no checkpoint if it does already. Raises StagingFull."""
+        full = self._lack(file, offset, size_bytes)
+        if full is not None:
+            with trio.move_on_after(ROOM_SECONDS):
+                while full is not None and self.room.may_come(file.version_inode):
+                    await self.room.changed.wait()
+                    full = self._lack(file, offset, size_bytes)
+        if full is not None:
+            raise full
+
+    def _lack(self, file: StagedFile, offset: int, size_bytes: int) -> StagingFull | None:
+        """Why a write does not fit, if it does not. Costs a microsecond."""
+        if size_bytes > disk_room_bytes(os.fstatvfs(file.descriptor)):
+            return StagingFull("the disk of the staging folder is full")
+        return self.room.lack(file.uid, offset + size_bytes - file.size_bytes)
 
     def truncate(self, file: StagedFile, size_bytes: int) -> None:
         """Cut or extend with zeros. Raises StagingFull and OSError."""
@@ -467,12 +490,6 @@ def disk_room_bytes(disk: os.statvfs_result) -> int:
     """What the staging disk has for bytes of users: what is free, less what the workspace may need."""
     reserve = min(RESERVE_BYTES, disk.f_blocks * disk.f_frsize // _RESERVE_SHARE)
     return max(0, disk.f_bavail * disk.f_frsize - reserve)
-
-
-def _check_disk(descriptor: int, size_bytes: int) -> None:
-    """Raise StagingFull when so many bytes more would take the workspace's room. Costs a microsecond."""
-    if size_bytes > disk_room_bytes(os.fstatvfs(descriptor)):
-        raise StagingFull("the disk of the staging folder is full")
 
 
 def _pwrite_all(descriptor: int, data: bytes, offset: int) -> int:

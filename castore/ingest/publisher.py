@@ -204,7 +204,8 @@ class Publisher:
         try:
             if not is_valid_version(version):
                 raise InvalidName(f"not a package VERSION: {version!r}")
-            await self._publish(version_inode, name, version.decode(), wait_seconds, report)
+            with self._files.room.leaving(version_inode):
+                await self._publish(version_inode, name, version.decode(), wait_seconds, report)
         except CastoreError as exc:
             self._store.update_node(version_inode, error=str(exc))
             raise

@@ -1,8 +1,17 @@
-"""The room that users have for staged bytes: counted in memory, bounded by the configuration. It touches no disk."""
+"""The room that users have for staged bytes: counted in memory, bounded by the configuration. It touches no disk.
+
+Only a publish or a removal gives room back: what is stored stays staged until then. So who finds none waits as long as
+a publish is under way, and no longer.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from castore.errors import StagingFull
+from castore.ingest.pulse import Signal
 
 
 class StagingRoom:
@@ -13,15 +22,41 @@ class StagingRoom:
         self.staged_bytes = sum(bytes_by_user.values())
         self._max_bytes_per_user = max_bytes_per_user
         self._bytes_by_user = bytes_by_user
+        self._leaving: Counter[int] = Counter()
+        """The publishes under way of each version, by its inode."""
+        self.changed = Signal()
+        """Pulsed when bytes are given back, and when a publish ends, however it does."""
 
     def reserve(self, uid: int, grow_bytes: int) -> None:
         """A file is about to grow (or, negative, to shrink). Raises StagingFull, with nothing counted."""
+        full = self.lack(uid, grow_bytes)
+        if full is not None:
+            raise full
+        self.take(uid, grow_bytes)
+
+    def lack(self, uid: int, grow_bytes: int) -> StagingFull | None:
+        """Why a file of that user cannot grow by so much, if it cannot."""
         if grow_bytes > 0:
             if self.staged_bytes + grow_bytes > self.max_bytes:
-                raise StagingFull(f"staging is full: ingest.staging_max_bytes is {self.max_bytes}")
+                return StagingFull(f"staging is full: ingest.staging_max_bytes is {self.max_bytes}")
             if self._max_bytes_per_user and self._of(uid) + grow_bytes > self._max_bytes_per_user:
-                raise StagingFull(f"uid {uid} staged all of ingest.max_bytes_per_user {self._max_bytes_per_user}")
-        self.take(uid, grow_bytes)
+                return StagingFull(f"uid {uid} staged all of ingest.max_bytes_per_user {self._max_bytes_per_user}")
+        return None
+
+    @contextmanager
+    def leaving(self, version_inode: int) -> Iterator[None]:
+        """A publish of that version is under way: when it succeeds, all of its bytes go."""
+        self._leaving[version_inode] += 1
+        try:
+            yield
+        finally:
+            self._leaving[version_inode] -= 1
+            self._leaving += Counter()  # forgets those with no publish left
+            self.changed.pulse()
+
+    def may_come(self, version_inode: int) -> bool:
+        """Whether a publish of another version is under way: one's own may wait for the very writer that asks."""
+        return any(other != version_inode for other in self._leaving)
 
     def take(self, uid: int, size_bytes: int) -> None:
         """Count bytes, whatever the bounds; negative ones are given back."""
@@ -31,6 +66,8 @@ class StagingRoom:
             self._bytes_by_user[uid] = rest
         else:
             self._bytes_by_user.pop(uid, None)
+        if size_bytes < 0:
+            self.changed.pulse()
 
     def _of(self, uid: int) -> int:
         return self._bytes_by_user.get(uid, 0)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from castore.catalog.connection import create_workspace
 from castore.catalog.records import Kind
 from castore.catalog.workspace import Node, WorkspaceStore
 from castore.digest import Digest
 from castore.errors import NotOpen, ReadOnly, StagingFull
-from castore.ingest.files import StagedFiles
+from castore.ingest.files import ROOM_SECONDS, StagedFiles
 from castore.ingest.hashing import INLINE_BYTES, QUEUE_CHUNKS, HashQueue
 from castore.ingest.staged_file import StagedFile
 
@@ -239,6 +240,20 @@ async def test_bounds(tmp_path: Path) -> None:
     again = Staging(tmp_path, max_bytes=100)
     assert again.files.staged_bytes == 60 + 60, "the row of the removed file is the test's: it is counted as it stands"
     again.store.close()
+
+
+async def test_how_long_a_write_waits_for_room(staging: Staging, autojump_clock: trio.testing.MockClock) -> None:
+    """ROOM_SECONDS while another version is being published; not at all for its own, which may wait for the writer."""
+    files = staging.files
+    files.room.max_bytes = 10
+    file = staging.create(100)
+    await files.write(file, 0, bytes(10))
+    for version, seconds in ((9, 0.0), (8, ROOM_SECONDS)):
+        began = trio.current_time()
+        with files.room.leaving(version), pytest.raises(StagingFull):
+            await files.write(file, 10, b"x")
+        assert trio.current_time() - began == pytest.approx(seconds)
+    assert (files.staged_bytes, file.size_bytes) == (10, 10)
 
 
 async def test_what_the_disk_refuses_is_not_counted(staging: Staging) -> None:

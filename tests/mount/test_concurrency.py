@@ -16,8 +16,9 @@ import pytest
 
 from castore.api.control_client import ControlClient
 from castore.errors import CastoreError
-from tests.mount.store import MountedStore, fails, run_tool, wait_until
+from tests.mount.store import MountedStore, fails, run_tool
 from tests.mount.trees import assert_same, make_tree, sha256
+from tests.mount.waiting import WaitingPublish
 
 PUBLISH_WAIT = 3.0
 VERSIONS = 6
@@ -157,40 +158,6 @@ def test_many_publish_one_tree(store: MountedStore) -> None:
         assert not box.exists()
 
 
-class _Waiting:
-    """A publish that waits, in a thread: one file of its version was closed once and is still open."""
-
-    def __init__(self, store: MountedStore, ref: str, pool: ThreadPoolExecutor) -> None:
-        box = store.ingest(ref)
-        self._folder = os.open(box, os.O_RDONLY | os.O_DIRECTORY)
-        self._file = os.open(box / "file", os.O_WRONLY | os.O_CREAT)
-        os.write(self._file, b"closed once")
-        with fails(errno.EBUSY):  # at once: it is being written
-            box.rename(store.package(ref))
-        os.close(os.dup(self._file))
-        self.began = time.monotonic()
-        self.publish = pool.submit(box.rename, store.package(ref))
-        # A try forgets why the last one failed. Names can not be looked up now, but what is open answers.
-        wait_until(lambda: not self.error(), "the publish waits")
-
-    def error(self) -> str:
-        """`user.castore.error` of the version."""
-        try:
-            return os.getxattr(self._folder, "user.castore.error").decode()
-        except OSError as exc:
-            if exc.errno != errno.ENODATA:
-                raise
-            return ""
-
-    def release(self) -> None:
-        """Close the file."""
-        os.close(self._file)
-
-    def close(self) -> None:
-        """Close the rest."""
-        os.close(self._folder)
-
-
 @pytest.fixture
 def waiting(make_store: Callable[..., MountedStore]) -> MountedStore:
     """A store with some packages and a shorter publish_wait, so that tests wait less."""
@@ -233,7 +200,7 @@ def test_others_go_on_while_a_publish_waits(waiting: MountedStore) -> None:
         return time.monotonic() - began
 
     with ThreadPoolExecutor(20) as pool:
-        wait = _Waiting(store, "waits/1", pool)
+        wait = WaitingPublish(store, "waits/1", pool)
         acts = {what: pool.submit(seconds_of, act, wait.began) for what, act in {**at_the_latest, **at_once}.items()}
         with fails(errno.EBUSY):
             wait.publish.result(60)
@@ -250,7 +217,7 @@ def test_others_go_on_while_a_publish_waits(waiting: MountedStore) -> None:
 
 def test_a_release_ends_the_wait(waiting: MountedStore) -> None:
     with ThreadPoolExecutor(1) as pool:
-        wait = _Waiting(waiting, "soon/1", pool)
+        wait = WaitingPublish(waiting, "soon/1", pool)
         assert not wait.publish.done()
         released = time.monotonic()
         wait.release()

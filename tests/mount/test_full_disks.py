@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import pytest
 
 from tests.mount.small_disk import MB, SmallDisk, small_disk
 from tests.mount.store import MountedStore, fails, wait_until
+from tests.mount.trees import assert_same
+from tests.mount.waiting import WaitingPublish
 
 Make = Callable[..., MountedStore]
 
@@ -81,6 +85,95 @@ def test_staging(make_store: Make, disks: ExitStack, kind: str) -> None:
     for number in range(8):
         (more / f"{number}").write_bytes(data_of(number))
     check(store.publish("full/2"), 8)
+
+
+@pytest.mark.parametrize("full", ["bound", "disk"])
+def test_a_writer_waits_for_a_publish_that_makes_room(make_store: Make, disks: ExitStack, full: str) -> None:
+    """And for nothing else: when the publish fails, or there is none, it is ENOSPC. Nobody else waits with it."""
+    store = make_store('publish_wait = "20s"' + ('\nstaging_max_bytes = "40MiB"' if full == "bound" else ""))
+    if full == "disk":
+        disks.enter_context(small_disk(store.root / "state"))
+        disks.callback(store.close)
+        store.castore("init")
+    store.mount()
+    old, new, apart = store.ingest("old/1"), store.ingest("new/1"), store.ingest("apart/1")
+    (apart / "small").write_bytes(b"before")
+    for number in range(8):
+        (old / f"{number}").write_bytes(data_of(number))
+        store.wait_stored(old / f"{number}")
+    with fails(errno.ENOSPC):
+        write_megabytes(new / "alone", 60)
+    (new / "alone").unlink()
+    with ThreadPoolExecutor(2) as pool:
+        publish = WaitingPublish(store, "old/1", pool)
+        waiting = pool.submit(write_megabytes, new / "waits", 60)
+        wait_until(lambda: is_full(new / "waits"), "the writer waits")
+        assert not waiting.done()
+        publish.fail()
+        with fails(errno.EBUSY):
+            publish.publish.result(60)
+        with fails(errno.ENOSPC):
+            waiting.result(60)
+        publish.release()
+        publish.close()
+        (new / "waits").unlink()
+
+        publish = WaitingPublish(store, "old/1", pool)
+        waiting = pool.submit(write_megabytes, new / "waits", 36)
+        wait_until(lambda: is_full(new / "waits"), "the writer waits")
+        with (apart / "small").open("r+b") as file:
+            file.write(b"behind")
+        assert os.listdir(new) == ["waits"]
+        assert store.status()["queue"]["receiving"]["file_count"] == 2
+        assert (apart / "small").read_bytes() == b"behind"
+        assert not waiting.done()
+        publish.release()
+        publish.publish.result(60)
+        waiting.result(60)
+        publish.close()
+    check(store.package("old/1"), 8)
+    assert (store.publish("new/1") / "waits").read_bytes() == bytes(36 * MB)
+
+
+def write_megabytes(path: Path, count: int) -> None:
+    with path.open("wb", buffering=0) as file:
+        for _ in range(count):
+            file.write(bytes(MB))
+
+
+def is_full(path: Path) -> bool:
+    """Whether the next megabyte of a file that is being written does not fit."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    room = os.statvfs(path)
+    return room.f_bavail * room.f_frsize < MB
+
+
+@pytest.mark.parametrize("daemon", [False, True], ids=["alone", "daemon"])
+def test_an_import(make_store: Make, disks: ExitStack, tmp_path: Path, daemon: bool) -> None:
+    """Exit 2 and one line that says what to do; nothing is published, and with room the same command goes on."""
+    store, disk = store_on(make_store, disks, "state")
+    if not daemon:
+        store.umount()
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(8):
+        (source / f"{number}").write_bytes(data_of(number))
+    disk.fill(but_bytes=24 * MB)
+    done = store.run("package", "import", str(source), "full/1")
+    assert (done.returncode, done.stdout) == (2, "")
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("castore: error: the disk of the staging folder is full; ")
+    assert line.endswith(" files stay staged in ingest/full/1, and the same command goes on from there")
+    assert json.loads(store.castore("package", "list", "--json"))["packages"] == []
+    disk.empty()
+    answer = json.loads(store.castore("package", "import", str(source), "full/1", "--json"))
+    assert answer["kept_files"] > 0
+    assert answer["kept_files"] + answer["copied_files"] == 8
+    if not daemon:
+        store.mount()
+    assert_same(store.package("full/1"), source)
+    assert store.status()["staged_bytes"] == 0
 
 
 def test_the_disk_of_the_catalog(make_store: Make, disks: ExitStack) -> None:

@@ -202,6 +202,9 @@ def test_computed_attributes(shared_store: MountedStore) -> None:
     for name in (*computed, "user.castore.producer"):
         with fails(errno.EPERM):
             os.setxattr(path, name, b"mine")
+    for name, number in (("user.castore.state", errno.EEXIST), ("user.castore.x", errno.EPERM)):
+        with fails(number):
+            os.setxattr(path, name, b"mine", os.XATTR_CREATE)
     assert os.listxattr(path) == os.listxattr(box) == []
     with fails(errno.ENODATA):
         os.getxattr(path, "user.castore.nonsense")

@@ -137,6 +137,9 @@ def test_copies_are_there_when_publish_returns(make_several: MakeSeveral) -> Non
         several.check_where(f"both/{version}", contents, {NEAR, FAR})
         several.store.mount()
         assert sorted(read_all(several, f"both/{version}")) == sorted(contents)
+        for path in several.store.package(f"both/{version}").iterdir():
+            assert os.getxattr(path, "user.castore.status") == b"stored,stored"
+            assert set(os.getxattr(path, "user.castore.backend").decode().split(",")) == {NEAR, FAR}
     for backend_id, place in ((NEAR, several.near), (FAR, several.far)):
         several.store.umount()
         several.store.mount()

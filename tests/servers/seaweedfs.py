@@ -12,11 +12,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-from tests.servers.s3_server import ACCESS_KEY, SECRET_KEY, LocalServer, free_ports, program
+from botocore.exceptions import BotoCoreError, ClientError
+
+from tests.servers.s3_server import ACCESS_KEY, SECRET_KEY, START_S, LocalServer, free_ports, program
 
 DOMAIN: Final = "s3.test"
 """Requests to BUCKET.DOMAIN are for that bucket. No resolver knows it: clients reach it with the server as a proxy."""
@@ -57,6 +61,21 @@ class SeaweedFS(LocalServer):
         super().kill()
         self._remove_sockets()
         self.port = int(self.endpoint_url.rpartition(":")[2])
+
+    def revive(self) -> None:
+        """Returns when it serves what it stored: for a moment it has its buckets, but answers 500 for what is there."""
+        super().revive()
+        with closing(self.client(retries={"total_max_attempts": 1})) as client:
+            for stored in client.list_objects_v2(Bucket=self.bucket, MaxKeys=1).get("Contents", []):
+                end = time.monotonic() + START_S
+                while True:
+                    try:
+                        client.get_object(Bucket=self.bucket, Key=stored["Key"])["Body"].read()
+                        break
+                    except (BotoCoreError, ClientError):
+                        if time.monotonic() > end:
+                            raise
+                        time.sleep(0.05)
 
     def _remove_sockets(self) -> None:
         for name, port in self._grpc_ports.items():  # a process that is killed leaves them
