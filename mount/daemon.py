@@ -31,7 +31,7 @@ from castore.catalog.records import FailureReason
 from castore.catalog.writer import CatalogWriter
 from castore.config import Config
 from castore.digest import Digest
-from castore.errors import ConfigError, StateError
+from castore.errors import CastoreError, ConfigError, StateError
 from castore.ingest.service import Ingest
 from castore.mountinfo import mount_source
 from castore.registry.locations import record_bad_read
@@ -142,7 +142,10 @@ class Daemon:
         # Each open file of ingest/ takes a descriptor here; what the system allows at most is for its users to use.
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        trio.run(self._run, on_ready, strict_exception_groups=True)
+        try:
+            trio.run(self._run, on_ready, strict_exception_groups=True)
+        except BaseExceptionGroup as group:
+            raise _lone_error(group) from group
         return 0
 
     async def _run(self, on_ready: Any) -> None:
@@ -290,7 +293,8 @@ class Daemon:
             pyfuse3.init(self._operations, str(self._path), options)
         except RuntimeError as exc:
             raise StateError(
-                f"{self._path}: cannot be mounted ({exc}); is there /dev/fuse, and does /etc/fuse.conf allow it?"
+                f"{self._path}: cannot be mounted ({exc}); is there /dev/fuse, and does /etc/fuse.conf allow it? "
+                "`castore doctor` says which"
             ) from exc
         self._mounted = True
 
@@ -440,6 +444,14 @@ def _read_anew(catalog: CatalogReader) -> None:
         catalog.reopen()
     except StateError as exc:
         log.error("the catalog that came cannot be read, the one before is: %s", exc)
+
+
+def _lone_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What a nursery ended with, when that is one error and for people to read; the whole group otherwise."""
+    lone: BaseException = group
+    while isinstance(lone, BaseExceptionGroup) and len(lone.exceptions) == 1:
+        lone = lone.exceptions[0]
+    return lone if isinstance(lone, CastoreError) else group
 
 
 def _say_what_is_not_configured(config: Config) -> None:

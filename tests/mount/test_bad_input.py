@@ -116,6 +116,24 @@ def test_mountpoints(make_store: Callable[..., MountedStore], mode: tuple[str, .
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_device_that_cannot_be_used(make_store: Callable[..., MountedStore], mode: tuple[str, ...]) -> None:
+    """As for a user who may not open it; what libfuse says of it comes before."""
+    store = make_store()
+    command = [sys.executable, "-m", "castore.cli", "--config", str(store.config), "mount", str(store.mnt), *mode]
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-euc", 'mount --bind /dev/null /dev/fuse; exec "$@"', "sh", *command],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_SECONDS,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, ""), done
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"castore: error: {store.mnt}: cannot be mounted (")
+    assert "`castore doctor` says which" in done.stderr
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_catalogs(make_store: Callable[..., MountedStore], mode: tuple[str, ...]) -> None:
     store = make_store()
     catalog = store.state / "catalog.db"
