@@ -96,11 +96,14 @@ class Deliveries:
         self._path = config.store.catalog_path
         self._writer = writer
 
-    async def run(self) -> None:
-        """Deliver, and let old events go, until cancelled. Waits while another process does this. Raises StateError."""
+    async def run(self, *, on_wait: Callable[[str], None] = _log.info) -> None:
+        """Deliver, and let old events go, until cancelled. Raises StateError.
+
+        Waits while another process does this, and tells `on_wait` once which one.
+        """
         errors = FirstError()
         with closing(_Lock(self._config)) as lock:
-            await lock.wait()
+            await lock.wait(on_wait)
             async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
                 sinks = await self._open(stack)
                 nursery.start_soon(errors.guard, nursery.cancel_scope, self._prune_always)
@@ -263,7 +266,7 @@ class _Lock:
         """Raises StateLocked."""
         self._descriptor = take_lock(self._store.run_dir / "deliver.lock", self._store.state_dir, holder="delivery")
 
-    async def wait(self) -> None:
+    async def wait(self, on_wait: Callable[[str], None]) -> None:
         """Take it as soon as nobody else has it."""
         is_told = False
         while True:
@@ -271,7 +274,7 @@ class _Lock:
                 return self.take()
             except StateLocked as exc:
                 if not is_told:
-                    _log.info("%s: waiting for it", exc)
+                    on_wait(f"waiting: {exc}")
                 is_told = True
             await trio.sleep(LOCK_SECONDS)
 

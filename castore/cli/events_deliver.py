@@ -47,7 +47,7 @@ async def _follow(config: Config, writer: CatalogWriter, _: bool) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
         try:
-            await Deliveries(config, writer).run()
+            await Deliveries(config, writer).run(on_wait=lambda why: click.echo(f"castore: {printable(why)}", err=True))
         except Exception as exc:
             # Raised outside, so that it is not part of a group.
             error = exc

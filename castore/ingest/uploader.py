@@ -52,9 +52,9 @@ IN_FLIGHT_FILES: Final = 256
 """Files picked and not yet stored or failed; bounds what the uploader remembers."""
 WORKERS: Final = 8
 """Puts at a time: on the local backend more than 8 gain nothing, on a remote one 8 hide its latency."""
-DELETION_SECONDS: Final = 20.0
-"""How long a put waits for the end of a deletion of the same object, which takes as long as a delete; then it fails for
-now, as other puts do, and is tried again."""
+DELETION_SECONDS: Final = 10.0
+"""How long a put waits for the end of a deletion of the same object, which takes as long as some deletes; then it fails
+for now, as other puts do, and is tried again. Others may need its worker."""
 DELETION_POLL_SECONDS: Final = 0.05
 RETRY_SECONDS_MIN: Final = 1.0
 RETRY_SECONDS_MAX: Final = 60.0

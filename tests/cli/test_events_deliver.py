@@ -80,6 +80,26 @@ def test_what_comes(cli: Cli, catalog: Path) -> None:
     assert taken(cli) == ["p/1", "p/2", "p/3", "p/4"]
 
 
+def test_another_process_takes_over(cli: Cli, catalog: Path) -> None:
+    """When the one that delivers is killed: from where it was, and no earlier."""
+    configure(cli, f'[events.file]\npath = "{cli.home}/events.jsonl"\n')
+    add(catalog, published(1))
+    with following(cli) as first:
+        wait_for(cli, 1)
+        with following(cli) as second:
+            assert second.stderr is not None
+            waits = second.stderr.readline()
+            assert f"another delivery (pid {first.pid}) runs there" in waits
+            add(catalog, published(2))
+            wait_for(cli, 2)
+            first.kill()
+            first.wait()
+            add(catalog, published(3))
+            wait_for(cli, 3)
+            assert f"another delivery (pid {second.pid}) runs there" in cli.error("events", "--deliver")
+    assert sorted(set(taken(cli))) == ["p/1", "p/2", "p/3"]
+
+
 def test_a_sink_that_does_not_take_them(cli: Cli, catalog: Path) -> None:
     (cli.home / "secret").write_text("s3cret")
     configure(

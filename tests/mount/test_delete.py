@@ -120,7 +120,10 @@ def test_what_is_open_or_staged_stays(store: MountedStore) -> None:
 
 
 def test_a_put_waits_for_the_end_of_a_deletion(store: MountedStore) -> None:
-    """While a collection lives that marked the object; then, when it is dead, the put ends the deletion itself."""
+    """While a collection lives that marked the object; then, when it is dead, the put ends the deletion itself.
+
+    One that lives long is not waited for any more: the put fails for now, and is tried again.
+    """
     data = b"deleted and put again"
     digest = Digest.of(data)
     publish(store, "demo/1", {"file": data})
@@ -136,6 +139,7 @@ def test_a_put_waits_for_the_end_of_a_deletion(store: MountedStore) -> None:
     wait_until(lambda: store.state_of(file) == "uploading", "its put waits")
     with fails(errno.EBUSY):
         (store.mnt / "ingest/demo/2").rename(store.package("demo/2"))
+    wait_until(lambda: "is being deleted just now" in store.state_of(file), "it has waited for DELETION_SECONDS")
     (store.objects / f"sha256/{digest.hex[:2]}/{digest.hex[2:4]}/{digest.hex}").unlink()
     os.close(turn)  # that collection dies
     store.wait_stored(file)

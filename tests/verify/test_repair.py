@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from castore.storage.open import open_backend
 from castore.storage.spi import StorageBackend
 from castore.storage.wrapping import Operation, Wrapping
 from castore.verify.backend_scrub import ERRORS_IN_A_ROW
-from castore.verify.repair import Mended, Repair, RepairOutcome, RepairTally
+from castore.verify.repair import UNREADABLE_NAMED, Mended, Repair, RepairOutcome, RepairTally
 from tests.damage import DAMAGES, flip_a_bit, read_object, remove, replace
 from tests.forgery import forge
 from tests.places import PLACES
@@ -187,6 +188,31 @@ async def test_from_a_directory(store: PublishedStore, tmp_path: Path) -> None:
     tally, _ = await repair(store, directory=directory)
     assert (tally.counts["repaired"], failed(store)) == (3, set())
     assert (await scrub(store, "first"))[0].counts["verified"] == 5
+
+
+async def test_folders_that_cannot_be_read_are_counted_and_some_are_named(
+    store: PublishedStore, tmp_path: Path
+) -> None:
+    """Whoever runs this: their paths are longer than the system takes."""
+    victim = (await store.publish("demo/1", FILES, "first"))[b"a"]
+    replace(store.config.backends["first"], victim, b"others")
+    await scrub(store, "first")
+    directory = tmp_path / "found"
+    directory.mkdir()
+    (directory / "z").write_bytes(FILES[b"a"])
+    deepest, length = os.open(directory, os.O_RDONLY), len(os.fsencode(directory))
+    while length < 3900:
+        os.mkdir("d" * 100, dir_fd=deepest)
+        above, deepest = deepest, os.open("d" * 100, os.O_RDONLY, dir_fd=deepest)
+        os.close(above)
+        length += 101
+    for number in range(UNREADABLE_NAMED + 5):
+        os.mkdir(f"{number:0200}", dir_fd=deepest)
+    os.close(deepest)
+    tally, _ = await repair(store, directory=directory)
+    assert (tally.counts["repaired"], tally.unreadable_count) == (1, UNREADABLE_NAMED + 5)
+    assert len(tally.unreadable) == UNREADABLE_NAMED
+    assert all(said.endswith(": File name too long") for said in tally.unreadable)
 
 
 async def test_a_put_that_reads_back_wrong_stays_failed(store: PublishedStore) -> None:

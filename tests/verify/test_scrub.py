@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -13,19 +14,21 @@ import trio.testing
 
 from castore.catalog.connection import open_writer
 from castore.catalog.records import FailureReason, LocationStatus
-from castore.catalog.scrub import Choice
-from castore.digest import Digest
+from castore.catalog.scrub import Choice, LocationRow
+from castore.digest import BlobSummary, Digest
 from castore.errors import StateError, StorageDenied, StorageError, StorageUnavailable
 from castore.storage.spi import BackendHealth, StorageBackend
 from castore.storage.wrapping import Operation, Wrapping
-from castore.verify.backend_scrub import ERRORS_IN_A_ROW, WORKERS
+from castore.verify.backend_scrub import AGAIN_MAX, ERRORS_IN_A_ROW, WORKERS, BackendScrub
 from castore.verify.batches import BATCH_LOCATIONS
+from castore.verify.limits import Limits
 from castore.verify.outcomes import Outcome, Tally, Verdict
+from castore.verify.pace import Pace
 from castore.verify.scrub import Scrub
 from castore.verify.shard import Shard
 from tests.damage import DAMAGES, extend, flip_a_bit, remove, replace
 from tests.places import PLACES
-from tests.published import PublishedStore, numbered_files, some
+from tests.published import PublishedStore, numbered_files, some, summary_of
 
 T = TypeVar("T")
 everywhere = pytest.mark.parametrize("place", PLACES, indirect=True)
@@ -263,6 +266,31 @@ async def test_what_was_not_reached_is_asked_for_once_more_at_the_end(store: Pub
     tally, outcomes = await scrub(store, backends={"first": meddler}, outage_s=0)
     assert (tally.stopped, tally.counts["verified"], len(outcomes)) == ({}, 61, 61)
     assert meddler.heads == 61 + ERRORS_IN_A_ROW - 1
+
+
+async def test_so_many_are_asked_for_once_more_and_no_others(store: PublishedStore) -> None:
+    """What is remembered of a backend that fails here and there is bounded."""
+    good, bad = await store.store(b"good", "first"), summary_of(b"bad")
+    meddler = Meddler(store.backends["first"])
+    meddler.errors = {bad.digest: StorageUnavailable("a bad sector")}
+    bad_count = AGAIN_MAX + 20
+
+    def row(summary: BlobSummary) -> LocationRow:
+        return LocationRow(1, summary.digest, summary.size_bytes, "first", LocationStatus.STORED, 1)
+
+    async def feed(rows: trio.MemorySendChannel[LocationRow]) -> None:
+        for _ in range(bad_count):
+            for each in (bad, good, good, good):
+                await rows.send(row(each))
+
+    results, found = trio.open_memory_channel[Outcome](5 * bad_count)
+    run = BackendScrub(meddler, limits=Limits(), pace=Pace(), on_bytes=lambda _: None)
+    async with results, found:
+        await run.run(feed, results)
+        assert run.stopped == ""
+        verdicts = Counter(found.receive_nowait().verdict for _ in range(found.statistics().current_buffer_used))
+    assert verdicts == {Verdict.VERIFIED: 3 * bad_count, Verdict.UNREACHABLE: bad_count}
+    assert meddler.heads == 4 * bad_count + AGAIN_MAX
 
 
 @pytest.mark.parametrize("change", ["put anew", "failed by a read", "deleted"])
