@@ -16,7 +16,7 @@ import pytest
 from castore.digest import MANIFEST_ALGORITHM, Digest
 from castore.failpoint import VARIABLE
 from castore.storage.layout import key_of
-from tests.mount.disaster import drill, publish
+from tests.mount.disaster import drill, drill_with_litestream, publish
 from tests.mount.store import MountedStore, wait_until
 from tests.places import PLACES, Place
 
@@ -26,6 +26,12 @@ def test_a_lost_host_comes_back(tmp_path: Path, place: Place) -> None:
     """The drill of scripts/disaster-drill, short."""
     found = drill(tmp_path, place, 4)
     assert found["packages"] == 4
+
+
+def test_a_lost_host_comes_back_from_a_replica_of_its_catalog(tmp_path: Path, place: Place) -> None:
+    """The same with litestream: nothing of the catalog is made anew."""
+    found = drill_with_litestream(tmp_path, place, 2, f"file://{tmp_path}/replica")
+    assert found["litestream_things_compared"] > 50
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
-"""The disaster drill: publish packages, lose the host's state, rebuild, compare everything. For tests and by itself.
+"""The disaster drill: publish, lose the host, rebuild, compare everything; then the same with Litestream.
+
+For tests and by itself.
 
 python -m tests.mount.disaster DIR [--packages N] [--server rgw|seaweedfs|local] [--json FILE]
-    DIR must not exist. Prints a table of what was published, what came back and how long it took.
+    DIR must not exist. Prints a table of what was published, what came back and how long it took: from the manifests
+    alone, and from a replica of the catalog.
 """
 
 from __future__ import annotations
@@ -13,13 +16,17 @@ import os
 import random
 import shutil
 import stat
+import subprocess
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
-from tests.mount.store import MountedStore
+from castore.catalog.reader import CatalogReader
+from castore.replica.litestream import find_program
+from tests.mount.following import environment, replica_url, replicating
+from tests.mount.store import MountedStore, run_tool, wait_until
 from tests.places import LocalPlace, Place, S3Place
 from tests.servers.every import EveryServer
 
@@ -161,6 +168,69 @@ def drill(root: Path, place: Place, count: int) -> dict[str, Any]:
     }
 
 
+def drill_with_litestream(root: Path, place: Place, count: int, url: str) -> dict[str, Any]:
+    """The same with a replica of the catalog: host, daemon and litestream end by a kill, and everything comes back,
+    tags and the catalog's own identity among it.
+    """
+    store = MountedStore(root, place=place)
+    try:
+        store.mount()
+        with replicating(store, url):
+            publish(store, count)
+            last = f"package-{(count - 1) // 3}/1.{(count - 1) % 3}"
+            name = last.partition("/")[0]
+            store.castore("package", "tag", name, "stable", "1.0")
+            published = time.monotonic()
+            wait_until(lambda: _is_replicated(root / "looked.db", url, name), "the replica has the last tag")
+            replicated = time.monotonic()
+            before = picture(store)
+            identity = _identity(store)
+            store.kill()
+        store.close()
+        lose_state(store)
+        lost = time.monotonic()
+        store.state.mkdir(mode=0o700)
+        run_tool(find_program(), "restore", "-o", store.state / "catalog.db", url)
+        store.castore("init")
+        restored = time.monotonic()
+        check = json.loads(store.castore("catalog", "check", "--json"))
+        store.mount()
+        readable = time.monotonic()
+        wrong = differences(before, picture(store))
+        assert not wrong, "\n".join(wrong[:20])
+        assert _identity(store) == identity
+        verified = store.run("storage", "verify")
+        assert verified.returncode == 0, verified.stdout
+        # And publishing goes on where it was.
+        (store.ingest("after/1") / "file").write_text("goes on")
+        store.publish("after/1")
+        store.umount()
+    finally:
+        store.close()
+    assert check["is_sound"]
+    return {
+        "litestream_things_compared": len(before),
+        "litestream_replicated_s": round(replicated - published, 1),
+        "litestream_restore_s": round(restored - lost, 1),
+        "litestream_lost_to_mounted_s": round(readable - lost, 1),
+    }
+
+
+def _is_replicated(path: Path, url: str, name: str) -> bool:
+    path.unlink(missing_ok=True)
+    command = [find_program(), "restore", "-o", str(path), url]
+    if subprocess.run(command, capture_output=True, check=False, timeout=60).returncode:
+        return False
+    with CatalogReader(path) as catalog:
+        return catalog.tag(name, "stable") is not None
+
+
+def _identity(store: MountedStore) -> tuple[str, list[Any]]:
+    """What a rebuild makes anew."""
+    with CatalogReader(store.state / "catalog.db") as catalog:
+        return catalog.catalog_id(), catalog.tags()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("dir", type=Path)
@@ -168,10 +238,13 @@ def main() -> int:
     parser.add_argument("--server", default="rgw", help="local, or one of the servers of tests/servers")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    (options.dir / "store").mkdir(parents=True)
+    for name in ("store", "second"):
+        (options.dir / name).mkdir(parents=True)
     with ExitStack() as stack:
         if options.server == "local":
             place: Place = LocalPlace(options.dir)
+            second: Place = LocalPlace(options.dir / "second")
+            url = f"file://{options.dir.absolute()}/replica"
         else:
 
             def folder(name: str) -> Path:
@@ -180,8 +253,13 @@ def main() -> int:
                 return path
 
             servers = stack.enter_context(EveryServer(folder))
-            place = S3Place(options.dir, servers[options.server], None)
+            server = servers[options.server]
+            place, second = (S3Place(options.dir, server, None) for _ in range(2))
+            url = replica_url(server)
+            os.environ |= environment(server)
+            os.environ.pop("AWS_CA_BUNDLE", None)
         found = {"server": options.server, **drill(options.dir / "store", place, options.packages)}
+        found |= drill_with_litestream(options.dir / "second", second, options.packages, url)
     for key, value in found.items():
         print(f"{key:20} {value}")
     if options.json is not None:

@@ -27,13 +27,14 @@ def environment(server: S3Server) -> dict[str, str]:
 def replica_url(server: S3Server, endpoint_url: str = "") -> str:
     """Of a replica that nobody else has, reached at the server or at another address that leads there."""
     endpoint = endpoint_url or server.endpoint_url
-    return f"s3://{server.bucket}/{server.key_prefix}catalogs/{uuid.uuid4().hex}?endpoint={endpoint}&region=us-east-1"
+    place = f"{server.bucket}/{server.key_prefix}catalogs/{uuid.uuid4().hex}"
+    return f"s3://{place}?endpoint={endpoint}&region={server.region}"
 
 
 def at(url: str, endpoint_url: str) -> str:
     """The same replica, reached at another address."""
-    before, _, _ = url.partition("?")
-    return f"{before}?endpoint={endpoint_url}&region=us-east-1"
+    before, _, after = url.partition("?endpoint=")
+    return f"{before}?endpoint={endpoint_url}&{after.partition('&')[2]}"
 
 
 @contextmanager
