@@ -80,6 +80,7 @@ class Reader:
         interpreter = python / Path(os.path.realpath(sys.executable)).relative_to(sys.base_prefix)
         castore.write_text(f'#!/bin/sh\nexec {interpreter} -m castore.cli "$@"\n')
         castore.chmod(0o755)
+        (commands / "litestream").symlink_to(Path(sys.executable).with_name("litestream"))
         script.write_text("".join(f"{self._written(block.commands)}\nprintf '{_END}'\n" for block in blocks))
         environ = {
             "HOME": str(self.home),
