@@ -13,9 +13,10 @@ from typing import Final
 
 from castore.catalog.condition import ConditionReader
 from castore.catalog.uses import Execute, packages_of
+from castore.digest import Digest
 
-_FORGET: Final = 5000
-"""Locations taken away by one transaction: some 50 ms of the write lock, which no publish notices."""
+_FORGET: Final = 2000
+"""Locations taken away by one transaction, with an event each: 50 ms of the write lock, which no publish notices."""
 _PACKAGES_AT_ONCE: Final = 5000
 """Packages looked at by one transaction: the same."""
 _LOOKED_AT: Final = 100_000
@@ -81,24 +82,30 @@ class RetireReader(ConditionReader):
         return packages_of(self._execute, blob_id, limit)
 
 
-def forget_locations(execute: Execute, backend_id: str, kept: Collection[str], after: int) -> tuple[int, int]:
+def forget_locations(
+    execute: Execute, backend_id: str, kept: Collection[str], after: int
+) -> tuple[list[tuple[Digest, int]], int]:
     """Take away the dispensable ones of the next some thousand locations of a backend, behind the blob_id `after`.
 
-    (how many were taken away, the blob_id to go on behind), the latter 0 when there are no more.
+    (digest and size of what was taken away, the blob_id to go on behind), the latter 0 when there are no more.
     """
-    rows = execute(
-        "SELECT blob_id FROM storage_locations WHERE backend_id = ? AND blob_id > ? ORDER BY blob_id LIMIT ?",
+    last = execute(
+        "SELECT max(blob_id) FROM (SELECT blob_id FROM storage_locations WHERE backend_id = ? AND blob_id > ? "
+        "ORDER BY blob_id LIMIT ?)",
         (backend_id, after, _FORGET),
-    ).fetchall()
-    if not rows:
-        return 0, 0
-    last = rows[-1][0]
-    cursor = execute(
+    ).fetchone()[0]
+    if last is None:
+        return [], 0
+    gone = execute(
         "DELETE FROM storage_locations AS here WHERE backend_id = :backend AND blob_id > :after AND blob_id <= :last "
-        f"AND (NOT {_NEEDED} OR {_ELSEWHERE})",
+        f"AND (NOT {_NEEDED} OR {_ELSEWHERE}) RETURNING blob_id",
         {"backend": backend_id, "after": after, "last": last, "kept": json.dumps(sorted(kept))},
+    ).fetchall()
+    blobs = execute(
+        "SELECT algorithm, digest, size_bytes FROM json_each(?) CROSS JOIN blobs ON blob_id = value",
+        (json.dumps([row[0] for row in gone]),),
     )
-    return cursor.rowcount, last
+    return [(Digest(row[0], row[1]), row[2]) for row in blobs], int(last)
 
 
 def forget_in_packages(execute: Execute, backend_id: str, kept: Collection[str], after: int) -> int:

@@ -235,7 +235,9 @@ class Transaction:
 
     # forgetting a backend
 
-    def forget_locations(self, backend_id: str, kept: Collection[str], after: int) -> tuple[int, int]:
+    def forget_locations(
+        self, backend_id: str, kept: Collection[str], after: int
+    ) -> tuple[list[tuple[Digest, int]], int]:
         """Take away what is dispensable: see `castore.catalog.retiring`."""
         return retiring.forget_locations(self._execute, backend_id, kept, after)
 

@@ -106,7 +106,8 @@ def _words(event: Event) -> str:
     if "restorable_until_ns" in data:
         return f"{data['file_count']} files, can be restored until {format_time_ns(data['restorable_until_ns'])}"
     if event.type == LOCATION_DELETED:
-        return printable(f"deleted ({data['reason']}) in {backend_id}")
+        verb = "forgotten" if data["reason"] == "retired" else "deleted"
+        return printable(f"{verb} ({data['reason']}) in {backend_id}")
     if data.get("reason"):
         return printable(f"failed ({data['reason']}) in {backend_id}")
     if "tag" in data:

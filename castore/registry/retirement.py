@@ -12,6 +12,7 @@ from typing import Final
 from castore.catalog.retiring import RetireReader
 from castore.catalog.writer import CatalogWriter, Transaction
 from castore.config import Config
+from castore.events import LOCATION_DELETED, Event
 
 BLOBS_LOOKED_AT: Final = 1000
 """Blobs whose packages are looked for: some 100 ms. Of more, their number is known, and some of their packages."""
@@ -78,7 +79,7 @@ def forget_backend(catalog_path: Path, backend_id: str, kept: Collection[str]) -
     count = after = 0
     with contextlib.closing(CatalogWriter(catalog_path)) as writer:
         while True:
-            step = writer.run_sync(partial(Transaction.forget_locations, backend_id=backend_id, kept=kept, after=after))
+            step = writer.run_sync(partial(_forget_some, backend_id=backend_id, kept=kept, after=after))
             count, after = count + step[0], step[1]
             if not after:
                 break
@@ -91,3 +92,17 @@ def forget_backend(catalog_path: Path, backend_id: str, kept: Collection[str]) -
             pass
         writer.run_sync(partial(Transaction.forget_rest, backend_id=backend_id))
     return count
+
+
+def _forget_some(transaction: Transaction, backend_id: str, kept: Collection[str], after: int) -> tuple[int, int]:
+    """(how many locations were taken away, each with its event; where to go on), the latter 0 at the end."""
+    gone, last = transaction.forget_locations(backend_id, kept, after)
+    transaction.add_events(
+        Event(
+            type=LOCATION_DELETED,
+            subject=str(digest),
+            data={"backend_id": backend_id, "digest": str(digest), "size_bytes": size_bytes, "reason": "retired"},
+        )
+        for digest, size_bytes in gone
+    )
+    return len(gone), last

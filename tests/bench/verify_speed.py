@@ -1,7 +1,8 @@
 """How fast verify is beside a bare client that feeds hashlib, and the most memory that it needs. Tests nothing.
 
-python -m tests.bench.verify_speed DIR [--rounds N] [--large N] [--large-mib N] [--small N] [--memory-small N]
-    [--skip-memory] in a folder with 10 GiB of room. Ends with 1 when the memory is above what is promised.
+python -m tests.bench.verify_speed DIR [--rounds N] [--local N] [--large N] [--large-mib N] [--small N]
+    [--memory-small N] [--skip-memory] [--skip-s3]
+In a folder with 20 GiB of room. Ends with 1 when the memory is above what is promised.
 
 Everything of a round reads the same objects, from a server or a folder whose pages the host has in memory, in a process
 of its own. The time of verify is that of its summary: from its start on the event loop, without the interpreter's.
@@ -291,11 +292,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--large", type=int, default=64)
+    parser.add_argument("--local", type=int, default=160)
+    parser.add_argument("--large", type=int, default=48)
     parser.add_argument("--large-mib", type=int, default=32)
     parser.add_argument("--small", type=int, default=5000)
     parser.add_argument("--memory-small", type=int, default=200_000)
     parser.add_argument("--skip-memory", action="store_true")
+    parser.add_argument("--skip-s3", action="store_true")
     parser.add_argument("--other", action="store_true")
     options = parser.parse_args()
     if options.other:
@@ -305,9 +308,10 @@ def main() -> None:
         parser.error("DIR is missing")
     root: Path = options.folder
     root.mkdir(parents=True, exist_ok=True)
-    larges = [Large(number, options.large_mib * MIB) for number in range(options.large)]
-    speed_of_local(root, larges, options.rounds)
-    speed_of_s3(root, larges, options.small, options.rounds)
+    larges = [Large(number, options.large_mib * MIB) for number in range(max(options.large, options.local))]
+    speed_of_local(root, larges[: options.local], options.rounds)
+    if not options.skip_s3:
+        speed_of_s3(root, larges[: options.large], options.small, options.rounds)
     if not options.skip_memory and not memory(root, options.memory_small):
         sys.exit(f"more than {LIMIT_BYTES / 1e6:.0f} MB")
 

@@ -20,6 +20,7 @@ from castore.catalog.writer import Transaction
 from castore.digest import Digest
 from tests.cli.conftest import WAIT_SECONDS, Cli
 from tests.damage import read_object
+from tests.event_schemas import check_event
 from tests.places import PLACES, Place
 from tests.published import PublishedStore
 
@@ -103,6 +104,12 @@ def test_what_nothing_needs_is_forgotten(retiring: Retiring) -> None:
     done = retiring.cli("storage", "retire", "--backend", "old", "--yes")
     assert done.stdout == "forgot backend old: 6 locations; its objects are where they were\n"
     assert retiring.rows("SELECT DISTINCT backend_id FROM storage_locations") == [("keep",)]
+    told = [json.loads(line) for line in retiring.cli("events", "--json").stdout.splitlines()]
+    gone = [event for event in told if event["type"] == "v1.storage.location_deleted"]
+    assert {(event["data"]["backend_id"], event["data"]["reason"]) for event in gone} == {("old", "retired")}
+    assert len({event["subject"] for event in gone}) == 6
+    for event in gone:
+        check_event(event)
     assert retiring.rows("SELECT count(*) FROM put_intents") == [(0,)]
     assert retiring.rows("SELECT backend_id FROM backend_probes") == [("keep",)]
     assert retiring.backends_of("demo/1") == retiring.backends_of("other/1") == ["keep"]
@@ -234,9 +241,9 @@ def test_what_comes_to_be_needed_meanwhile_stays(retiring: Retiring) -> None:
         f"AND blob_id = (SELECT blob_id FROM blobs WHERE digest = x'{victim.raw.hex()}')"
     )
     database = open_writer(retiring.store.catalog_path).conn
-    count, last = forget_locations(database.execute, "old", ["keep"], 0)
-    assert (count, last > 0) == (5, True)
-    assert forget_locations(database.execute, "old", ["keep"], last) == (0, 0)
+    gone, last = forget_locations(database.execute, "old", ["keep"], 0)
+    assert (len(gone), last > 0) == (5, True)
+    assert forget_locations(database.execute, "old", ["keep"], last) == ([], 0)
     assert forget_in_packages(database.execute, "old", ["keep"], 10_000) == 0
     rows = database.execute("SELECT digest FROM storage_locations JOIN blobs USING (blob_id) WHERE backend_id = 'old'")
     assert [row[0] for row in rows] == [victim.raw]
