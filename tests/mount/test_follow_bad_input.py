@@ -163,6 +163,9 @@ def test_a_catalog_that_must_not_be_taken(follower: MountedStore, writer: Mounte
         replicate(copy, url)
         wait_until(lambda: not followed(follower)["error"], "it is followed again")
     assert "is not taken" in follower.log()
+    assert f"following: {url}, by " in follower.run("doctor").stdout
+    (follower.state / "followed.json").write_text("{")
+    assert "fail  following: " in follower.run("doctor").stdout
     assert json.loads(follower.castore("catalog", "check", "--json"))["is_sound"]
     assert os.listdir(follower.mnt / "packages") == ["zlib"]
 

@@ -11,9 +11,10 @@ _PIECE: Final = 64 * 1024
 
 
 class Relay:
-    """Passes every connection on to a port of this host, until it is cut. A context manager."""
+    """Passes every connection to an address of this host on to a port of it, until it is cut. A context manager."""
 
-    def __init__(self, target_port: int) -> None:
+    def __init__(self, target_port: int, *, host: str = "127.0.0.1") -> None:
+        self._host = host
         self._target_port = target_port
         self._listening: socket.socket | None = None
         self._open: set[socket.socket] = set()
@@ -29,7 +30,7 @@ class Relay:
 
     def restore(self) -> None:
         """Listen, at the same port as before."""
-        self._listening = socket.create_server(("127.0.0.1", self.port))
+        self._listening = socket.create_server((self._host, self.port))
         self.port = self._listening.getsockname()[1]
         threading.Thread(target=self._accept, args=(self._listening,), daemon=True).start()
 
