@@ -152,6 +152,8 @@ def _clear(mount: Mount, force: bool) -> dict[str, Any]:
     # A daemon that was started again over a dead mount leaves several of them.
     current: Mount | None = mount
     while current is not None and current.state_dir == mount.state_dir:
+        if dead is not False:
+            _free_those_who_wait(current.mountpoint)
         _fusermount(current.mountpoint, lazily=dead is not False)
         wait_unmounted(current, END_SECONDS)
         if dead is False:
@@ -160,6 +162,14 @@ def _clear(mount: Mount, force: bool) -> dict[str, Any]:
         if current is not None and is_dead(current.mountpoint) is False:
             break
     return {"staged_files": 0, "staged_bytes": 0, "dead": dead is not False}
+
+
+def _free_those_who_wait(mountpoint: Path) -> None:
+    """Whoever waits for an answer of a daemon that hangs, or was killed and cannot end, gets an error now."""
+    from mount import kernel
+
+    with contextlib.suppress(OSError):  # it may be root's alone
+        kernel.abort(mountpoint)
 
 
 def _fusermount(mountpoint: Path, *, lazily: bool) -> None:

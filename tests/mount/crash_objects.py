@@ -62,7 +62,15 @@ class BucketObjects:
     def half_puts(self) -> list[str]:
         page = self._client.list_multipart_uploads(Bucket=self._bucket, Prefix=f"{self._prefix}/")
         assert not page["IsTruncated"]
-        return [upload["Key"] for upload in page.get("Uploads", ())]
+        return [
+            f"{upload['Key']}, begun {upload['Initiated']}, the object {self._since(upload['Key'])}"
+            for upload in page.get("Uploads", ())
+        ]
+
+    def _since(self, key: str) -> str:
+        """Since when there is an object, for whoever has to find out why something was left."""
+        found = self._client.list_objects_v2(Bucket=self._bucket, Prefix=key).get("Contents", [])
+        return f"stored {found[0]['LastModified']}" if found else "not stored"
 
     def age(self) -> int:
         """They need not be old: their intents tell that nobody goes on from them."""

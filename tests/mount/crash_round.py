@@ -235,7 +235,10 @@ class CrashRounds:
         for folder in ("data", "manifests"):
             left = [path.name for path in (self.store.state / "staging" / folder).iterdir()]
             assert left == [], f"staging/{folder}"
-        wait_until(lambda: not self.objects.half_puts(), "the half puts are gone")
+        try:
+            wait_until(lambda: not self.objects.half_puts(), "the half puts are gone")
+        except AssertionError as exc:
+            raise AssertionError(f"{exc}: {self.objects.half_puts()}") from exc
         workspace = self.store.state / "staging/workspace.db"
         wait_until(lambda: not rows(workspace, "SELECT * FROM publishing"), "every half publish is undone")
         wait_until(lambda: not rows(self.store.state / "catalog.db", "SELECT * FROM put_intents"), "no put is intended")

@@ -27,7 +27,7 @@ from castore.storage.backends.local import LocalBackend
 from castore.storage.source import BytesSource
 from tests.mount.crash_round import CrashRounds, rows
 from tests.mount.daemons import descriptor
-from tests.mount.store import MountedStore, wait_until
+from tests.mount.store import WAIT_SECONDS, MountedStore, wait_until
 
 ROUNDS = 6
 
@@ -150,7 +150,8 @@ def test_leftovers_of_dead_processes_go(store: MountedStore) -> None:
     assert rows(store.state / "catalog.db", "SELECT * FROM put_intents") == []
 
 
-def test_killed_while_the_kernel_is_told(make_store: Callable[..., MountedStore]) -> None:
+@pytest.mark.parametrize("ended_by", ["mount", "umount --force"])
+def test_killed_while_the_kernel_is_told(make_store: Callable[..., MountedStore], ended_by: str) -> None:
     """A thread in the kernel waits there for a rename that nobody will answer: it keeps the daemon from its end.
 
     The rename holds ingest/told, and a version of it that a command published has to be forgotten there.
@@ -184,9 +185,15 @@ def test_killed_while_the_kernel_is_told(make_store: Callable[..., MountedStore]
         store.pid = 0
         command.kill()
         command.wait()
-        store.mount()
-        renaming.join()
+        if ended_by == "mount":
+            store.mount()
+        else:
+            store.castore("umount", "--force", str(store.mnt))
+        renaming.join(WAIT_SECONDS)
+        assert not renaming.is_alive()
         holder.kill()
+    if ended_by != "mount":
+        store.mount()
     assert answers == [errno.ECONNABORTED]
     assert (store.package("told/2") / "a").read_text() == "a"
     assert (store.ingest("told/1") / "b").read_text() == "b"
