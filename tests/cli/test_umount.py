@@ -94,7 +94,7 @@ def test_a_daemon_that_hangs(cli: Cli, store: MountedStore) -> None:
 def test_a_mount_in_use(cli: Cli, store: MountedStore) -> None:
     with os.scandir(store.mnt / "packages"):
         line = cli.error("umount", store.mnt)
-    assert "is in use by python" in line
+    assert f"is in use by {Path('/proc/self/comm').read_text().strip()} " in line
     assert f"pid {os.getpid()}" in line
     store.pid = 0
     cli("umount", store.mnt)
