@@ -70,8 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except click.Abort:
         return _INTERRUPTED
-    except click.ClickException as exc:
+    except click.exceptions.NoArgsIsHelpError as exc:
         exc.show()
+        return COULD_NOT_RUN
+    except click.UsageError as exc:
+        command = exc.ctx.command_path if exc.ctx is not None else "castore"
+        _fail(f"{exc.format_message().rstrip('.')}; see `{command} --help`", exc, session)
+        return COULD_NOT_RUN
+    except click.ClickException as exc:
+        _fail(exc.format_message(), exc, session)
         return COULD_NOT_RUN
     except (_OutputClosedError, BrokenPipeError):
         # The interpreter flushes at exit: let it flush to where that cannot fail.
