@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-WAIT_SECONDS: Final = 180.0
+WAIT_SECONDS: Final = 600.0
 _BLOCK: Final = re.compile(r"^```(sh|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _END: Final = "\x1e"
 """Printed after each block, so that what it said is known."""
