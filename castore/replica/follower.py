@@ -37,7 +37,7 @@ AGAIN_SECONDS: Final = 1.0
 AGAIN_SECONDS_MAX: Final = 60.0
 """From the end of the program to its next start: the first time, and at most."""
 FIRST_SECONDS: Final = 600.0
-"""For the first restore: 10 million entries took a minute."""
+"""For the first restore: a million entries took 3 s, from a disk."""
 
 log = logging.getLogger(__name__)
 
