@@ -11,6 +11,10 @@ YIELD_SECONDS: Final = 1.0
 """The longest that one piece waits for readers: on a mount that is always read, a scrub still gets on."""
 LOOK_SECONDS: Final = 0.02
 """Between two looks whether readers wait."""
+WORKER_BYTES_PER_S: Final = 2 * 1024 * 1024
+"""What one worker reads at least, also of small objects from a server that is far."""
+WORKERS_MIN: Final = 2
+"""Workers at the slowest rate: one reads while another one hashes."""
 
 
 class Pace:
@@ -24,6 +28,15 @@ class Pace:
         self._bytes_per_s = bytes_per_s
         self._is_busy = is_busy
         self._free_at = 0.0
+
+    def workers(self, most: int) -> int:
+        """How many objects at a time that rate needs, up to `most`.
+
+        Further ones would be begun, wait, and be read to their end long after a limit of time was reached.
+        """
+        if not self._bytes_per_s:
+            return most
+        return min(most, max(WORKERS_MIN, self._bytes_per_s // WORKER_BYTES_PER_S))
 
     async def take(self, size_bytes: int) -> None:
         """Wait until so many bytes may be read."""

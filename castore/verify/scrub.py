@@ -35,9 +35,9 @@ PAGE_LOCATIONS: Final = 1000
 class Scrub:
     """One run over the chosen locations of some backends, oldest first.
 
-    `limits` end it before its time, `pace` slows it down; `workers` objects of a backend are read at a time, and one
-    that was well at first is waited for `outage_s` seconds. `on_outcome` is called for each location, after what was
-    found is committed; it must not block for long.
+    `limits` end it before its time, `pace` slows it down; `workers` objects of a backend are read at a time, by default
+    as many as its pace needs, and one that was well at first is waited for `outage_s` seconds. `on_outcome` is called
+    for each location, after what was found is committed; it must not block for long.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Scrub:
         choice: Choice = EVERYTHING,
         limits: Limits | None = None,
         pace: Pace | None = None,
-        workers: int = WORKERS,
+        workers: int | None = None,
         outage_s: float = OUTAGE_SECONDS,
         on_outcome: Callable[[Outcome], None] = lambda _: None,
     ) -> None:
@@ -58,7 +58,7 @@ class Scrub:
         self._choice = choice
         self._limits = limits or Limits()
         self._pace = pace or Pace()
-        self._workers = workers
+        self._workers = self._pace.workers(WORKERS) if workers is None else workers
         self._outage_s = outage_s
         self._now_ns = time.time_ns()
         self._on_outcome = on_outcome

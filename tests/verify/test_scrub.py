@@ -268,6 +268,22 @@ async def test_what_was_not_reached_is_asked_for_once_more_at_the_end(store: Pub
     assert meddler.heads == 61 + ERRORS_IN_A_ROW - 1
 
 
+async def test_a_slow_run_has_few_objects_begun_when_its_time_is_over(store: PublishedStore) -> None:
+    digests = set((await store.publish("demo/1", numbered_files(20))).values())
+    for bytes_per_s, expected in ((1 << 20, 2), (10 << 20, 5), (0, WORKERS)):
+        meddler = Meddler(store.backends["first"])
+        meddler.held = digests
+        run = Scrub(store.catalog_path, {"first": meddler}, pace=Pace(bytes_per_s))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run.run)
+            with trio.fail_after(20):
+                while len(meddler.waiting) < expected:
+                    await trio.lowlevel.checkpoint()
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert (len(meddler.waiting), meddler.heads) == (expected, expected)
+            nursery.cancel_scope.cancel()
+
+
 async def test_so_many_are_asked_for_once_more_and_no_others(store: PublishedStore) -> None:
     """What is remembered of a backend that fails here and there is bounded."""
     good, bad = await store.store(b"good", "first"), summary_of(b"bad")
