@@ -11,6 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -88,7 +89,11 @@ class StagedFiles:
 
     def path(self, inode: int) -> Path:
         """Where an inode's bytes lie."""
-        return self.folder / f"{inode:x}"
+        return Path(self._place(inode))
+
+    def _place(self, inode: int) -> str:
+        """As `path`: a Path takes ten microseconds to make, for each file that is copied in."""
+        return f"{self.folder}/{inode:x}"
 
     def open_file(self, inode: int) -> StagedFile | None:
         """The file if it is open or being hashed."""
@@ -139,9 +144,8 @@ class StagedFiles:
 
     def create(self, node: Node) -> StagedFile:
         """Open a new node's empty file for writing: one handle, one writer."""
-        path = self.path(node.inode)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        file = StagedFile(node, path, descriptor)
+        descriptor = os.open(self._place(node.inode), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        file = StagedFile(node, descriptor)
         file.hasher = self.new_hasher()
         file.handles = file.writers = 1
         self._open[node.inode] = file
@@ -151,8 +155,7 @@ class StagedFiles:
         """A handle on a node's bytes."""
         file = self._open.get(node.inode)
         if file is None:
-            path = self.path(node.inode)
-            file = StagedFile(node, path, os.open(path, os.O_RDWR | os.O_CLOEXEC))
+            file = StagedFile(node, os.open(self._place(node.inode), os.O_RDWR | os.O_CLOEXEC))
             self._open[node.inode] = file
         file.handles += 1
         file.writers += writable
@@ -463,7 +466,8 @@ class StagedFiles:
         self._on_lost(inode)
 
     def _remove_bytes(self, inode: int, uid: int, size_bytes: int) -> None:
-        self.path(inode).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(self._place(inode))
         self.room.take(uid, -size_bytes)
 
     def publish(self, nodes: Iterable[tuple[Node, BlobSummary | None]]) -> None:

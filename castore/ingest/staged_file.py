@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from castore.catalog.workspace import Node
 from castore.digest import BlobHasher
@@ -23,7 +22,6 @@ class StagedFile:
         "is_flushed",
         "is_published",
         "mtime_ns",
-        "path",
         "pending",
         "size_bytes",
         "summary_of_changes",
@@ -32,11 +30,10 @@ class StagedFile:
         "writers",
     )
 
-    def __init__(self, node: Node, path: Path, descriptor: int) -> None:
+    def __init__(self, node: Node, descriptor: int) -> None:
         self.inode = node.inode
         self.version_inode = node.version_inode
         self.uid = node.uid
-        self.path = path
         self.descriptor = descriptor
         self.size_bytes = node.size_bytes
         self.mtime_ns = node.mtime_ns
