@@ -211,8 +211,9 @@ class Daemon:
             followed=None if follower is None else follower.state,
             mountpoint=str(self._path),
         )
+        packages = PackagesTree(catalog, blobs, ingest)
         self._operations = CastoreOperations(
-            packages=PackagesTree(catalog, blobs, ingest),
+            packages=packages,
             by_digest=ByDigestTree(catalog),
             control=ControlTree(status=self._make_status, health=self._health.make),
             ingest=ingest,
@@ -232,7 +233,7 @@ class Daemon:
                     await self._start_writing(nursery, ingest, blobs, writer)
                 if follower is not None:
                     nursery.start_soon(self._serve_http)
-                    nursery.start_soon(follower.run, partial(_read_anew, catalog))
+                    nursery.start_soon(follower.run, partial(_read_anew, catalog, packages))
                 self._mount()
                 nursery.start_soon(self._stop_on_signal)
                 try:
@@ -438,10 +439,11 @@ async def _open_cache(config: Config, notices: list[str]) -> DiskCache | None:
         return None
 
 
-def _read_anew(catalog: CatalogReader) -> None:
+def _read_anew(catalog: CatalogReader, packages: PackagesTree) -> None:
     """Another catalog has taken the place of the one that is read."""
     try:
         catalog.reopen()
+        packages.forget()
     except StateError as exc:
         log.error("the catalog that came cannot be read, the one before is: %s", exc)
 

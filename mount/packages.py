@@ -46,6 +46,10 @@ class PackagesTree:
         self._started_ns = time.time_ns()
         self._recent = Recent()
 
+    def forget(self) -> None:
+        """Another catalog has taken the place of the one that was read."""
+        self._recent.clear()
+
     def knows(self, inode: int) -> bool:
         """Whether the inode was found below a published version lately. It is so for good."""
         return inode in self._recent

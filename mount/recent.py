@@ -40,6 +40,12 @@ class Recent:
     def __contains__(self, inode: int) -> bool:
         return inode in self._inodes
 
+    def clear(self) -> None:
+        """Another catalog is read from now on: its numbers may stand for other things."""
+        self._inodes.clear()
+        self._pages.clear()
+        self._children = 0
+
     def page(self, inode: int, after: int) -> list[Child] | None:
         """A page of a directory, as it was kept."""
         page = self._pages.get((inode, after))

@@ -37,10 +37,10 @@ def copy_database(
             source.backup(copy, pages=_PAGES, progress=lambda _status, left, total: on_copied(total - left, total))
             # One file: who only reads it leaves nothing beside it. Whoever writes to it makes a log again.
             copy.execute("PRAGMA journal_mode = DELETE")
-        _sync(name)
+        sync_path(name)
         _prove(source, name, target)
         os.rename(name, target)
-        _sync(str(target.parent))
+        sync_path(target.parent)
     finally:
         for suffix in _SIDE_FILES:
             Path(name + suffix).unlink(missing_ok=True)
@@ -71,7 +71,8 @@ def _counts(connection: Any) -> dict[str, int]:
     }
 
 
-def _sync(path: str) -> None:
+def sync_path(path: str | Path) -> None:
+    """Make a file, or the names in a folder, durable. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

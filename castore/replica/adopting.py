@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from castore.catalog.copy_file import sync_path
 from castore.catalog.reader import CatalogReader
 from castore.errors import StateError
 
@@ -57,7 +58,7 @@ def write_marker(path: Path, followed: Followed) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.rename(path)
-    _sync_folder(path.parent)
+    sync_path(path.parent)
 
 
 def transaction_of(copy: Path) -> int:
@@ -108,7 +109,7 @@ def check(path: Path, served: Path | None) -> None:
 def put_in_place(new: Path, target: Path) -> None:
     """Readers of the old one go on with it until they open it anew."""
     new.rename(target)
-    _sync_folder(target.parent)
+    sync_path(target.parent)
 
 
 def _number_path(copy: Path) -> Path:
@@ -121,11 +122,3 @@ def _copy(source: int, target: int) -> None:
         return
     while os.sendfile(target, source, None, _PIECE):
         pass
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

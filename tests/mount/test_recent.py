@@ -41,6 +41,17 @@ def test_a_page_that_is_kept_again_counts_once() -> None:
     assert recent.page(1, 0)
 
 
+def test_of_another_catalog_nothing_is_known() -> None:
+    recent = Recent()
+    recent.add(1)
+    recent.keep(1, 0, page(10, CHILDREN_KEPT))
+    recent.clear()
+    assert 1 not in recent
+    assert recent.page(1, 0) is None
+    recent.keep(2, 0, page(10, CHILDREN_KEPT))
+    assert recent.page(2, 0), "what was forgotten counts no more"
+
+
 def test_a_page_larger_than_all_is_not_kept() -> None:
     recent = Recent()
     recent.keep(1, 0, page(10, CHILDREN_KEPT + 1))
