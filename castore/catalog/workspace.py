@@ -337,6 +337,14 @@ class WorkspaceStore:
         names = ", ".join(f"{name} = ?" for name in columns)
         self._execute(f"UPDATE nodes SET {names} WHERE inode = ?", (*columns.values(), inode))
 
+    def note_bytes(self, inode: int, *, size_bytes: int, mtime_ns: int, changed_ns: int) -> None:
+        """Size and time of a file's bytes, which changed last at `changed_ns`; its attributes may have since."""
+        self._nodes.pop(inode, None)
+        self._execute(
+            "UPDATE nodes SET size_bytes = ?, mtime_ns = ?, ctime_ns = max(ctime_ns, ?) WHERE inode = ?",
+            (size_bytes, mtime_ns, changed_ns, inode),
+        )
+
     def set_summary(self, inode: int, summary: BlobSummary) -> None:
         """The file's bytes have that digest: it is staged."""
         self.update_node(

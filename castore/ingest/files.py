@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -137,7 +136,9 @@ class StagedFiles:
             status = os.fstat(descriptor)
         finally:
             os.close(descriptor)
-        self._store.update_node(node.inode, size_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
+        self._store.note_bytes(
+            node.inode, size_bytes=status.st_size, mtime_ns=status.st_mtime_ns, changed_ns=status.st_ctime_ns
+        )
         self.room.take(node.uid, status.st_size - node.size_bytes)
 
     # handles
@@ -229,7 +230,7 @@ class StagedFiles:
             grown = max(0, end - file.size_bytes) if written else 0
             self.room.take(file.uid, grown - grow)
             file.size_bytes += grown
-        file.mtime_ns = time.time_ns()
+        file.touch()
         failpoint("file.written")
         hasher = file.hasher
         if hasher is not None:
@@ -268,7 +269,7 @@ class StagedFiles:
             self.room.take(file.uid, -grow)
             raise
         file.size_bytes = size_bytes
-        file.mtime_ns = time.time_ns()
+        file.touch()
         file.hasher = self.new_hasher() if size_bytes == 0 and not file.pending else None
         file.hash_end = 0
 
@@ -318,12 +319,17 @@ class StagedFiles:
                 return
         else:
             hasher = None
-        self._store.update_node(file.inode, size_bytes=file.size_bytes, mtime_ns=file.mtime_ns)
+        self._note(file)
         file.set_mtime(file.mtime_ns)
         if hasher is not None:
             await self._queue_summary(file, hasher, changes)
         elif rehash:
             self.rehash(file.inode)
+
+    def _note(self, file: StagedFile) -> None:
+        self._store.note_bytes(
+            file.inode, size_bytes=file.size_bytes, mtime_ns=file.mtime_ns, changed_ns=file.changed_ns
+        )
 
     async def _queue_summary(self, file: StagedFile, hasher: BlobHasher, changes: int) -> None:
         """The digest is there once the chunks before it are hashed."""
@@ -410,7 +416,7 @@ class StagedFiles:
         failpoint("file.closing")
         with self._store.transaction():
             self._store.set_summary(file.inode, summary)
-            self._store.update_node(file.inode, mtime_ns=file.mtime_ns)
+            self._note(file)
         file.is_dirty = False
         self._seed(file, summary)
         failpoint("file.staged")
@@ -435,7 +441,7 @@ class StagedFiles:
         """fsync: the file's bytes, its size and its names survive power loss. Raises OSError."""
         if file.is_published:
             return
-        self._store.update_node(file.inode, size_bytes=file.size_bytes, mtime_ns=file.mtime_ns)
+        self._note(file)
         await trio.to_thread.run_sync(self._sync_blocking, file.descriptor)
 
     async def sync_names(self) -> None:
@@ -485,7 +491,7 @@ class StagedFiles:
         """Close every descriptor; what is open stays dirty in the workspace, for recovery."""
         for file in self._open.values():
             if file.is_dirty and not file.is_published:
-                self._store.update_node(file.inode, size_bytes=file.size_bytes, mtime_ns=file.mtime_ns)
+                self._note(file)
             os.close(file.descriptor)
         self._open.clear()
 

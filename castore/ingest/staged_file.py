@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 from castore.catalog.workspace import Node
 from castore.digest import BlobHasher
@@ -13,6 +14,7 @@ class StagedFile:
 
     __slots__ = (
         "_changes",
+        "changed_ns",
         "descriptor",
         "handles",
         "hash_end",
@@ -37,6 +39,8 @@ class StagedFile:
         self.descriptor = descriptor
         self.size_bytes = node.size_bytes
         self.mtime_ns = node.mtime_ns
+        self.changed_ns = node.ctime_ns
+        """When the bytes changed last. No user sets it, and it is no earlier than what was shown before."""
         self.is_dirty = node.state == "receiving"
         self.is_flushed = False
         self.is_published = False
@@ -65,3 +69,8 @@ class StagedFile:
         """The bytes are about to change."""
         self._changes += 1
         self.is_flushed = False
+
+    def touch(self) -> None:
+        """The bytes have changed just now."""
+        self.mtime_ns = time.time_ns()
+        self.changed_ns = max(self.changed_ns, self.mtime_ns)

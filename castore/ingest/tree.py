@@ -125,7 +125,12 @@ class IngestTree:
         open_file = self._files.open_file(node.inode)
         if open_file is None or not open_file.is_dirty:
             return node
-        return replace(node, size_bytes=open_file.size_bytes, mtime_ns=open_file.mtime_ns, ctime_ns=open_file.mtime_ns)
+        return replace(
+            node,
+            size_bytes=open_file.size_bytes,
+            mtime_ns=open_file.mtime_ns,
+            ctime_ns=max(node.ctime_ns, open_file.changed_ns),
+        )
 
     # freezing
 

@@ -26,7 +26,7 @@ def forced_stat(path: str) -> os.stat_result:
         raise OSError(number, os.strerror(number), path)
     fields = _STATX.unpack_from(buffer)
     _, _, _, nlink, uid, gid, mode, inode, size_bytes, _, _ = fields[:11]
-    seconds, nanoseconds = fields[17:19]
-    whole = (mode, inode, 0, nlink, uid, gid, size_bytes, seconds, seconds, seconds)
-    extra = {"st_mtime_ns": seconds * 10**9 + nanoseconds}
+    changed, modified = fields[15:17], fields[17:19]
+    whole = (mode, inode, 0, nlink, uid, gid, size_bytes, modified[0], modified[0], changed[0])
+    extra = {f"st_{name}_ns": time[0] * 10**9 + time[1] for name, time in (("mtime", modified), ("ctime", changed))}
     return os.stat_result(whole, extra)

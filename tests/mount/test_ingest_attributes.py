@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.store import MountedStore, fails, run_tool
+from tests.mount.syscalls import forced_stat
 
 _OLD_NS = 987_654_321_123_456_789
 
@@ -122,6 +123,35 @@ def test_times(shared_store: MountedStore) -> None:
         "ahead": 4_000_000_000_000_000_001,
         "touched": 946_684_799_987_654_321,
     }
+
+
+def test_the_time_of_the_last_change_goes_on(shared_store: MountedStore) -> None:
+    """`tar` fails when it differs before and after it reads a file; `git` and backups go by it."""
+    box = shared_store.ingest("changed/1")
+    path = box / "file"
+    path.write_text("x")
+    changes: tuple[Callable[[], object], ...] = (
+        lambda: path.open("a").close(),
+        lambda: run_tool("sh", "-c", "echo more >> file", cwd=box),
+        lambda: os.truncate(path, 100_000),
+        lambda: os.utime(path, ns=(5, _OLD_NS)),
+        lambda: path.write_bytes(bytes(3_000_000)),
+        lambda: path.chmod(0o600),
+    )
+    seen = [forced_stat(str(path)).st_ctime_ns]
+    for number, change in enumerate(changes):
+        change()
+        at_once = path.stat()
+        status = forced_stat(str(path))
+        assert (at_once.st_ctime_ns, at_once.st_mtime_ns) == (status.st_ctime_ns, status.st_mtime_ns), number
+        assert status.st_ctime_ns >= status.st_mtime_ns, number
+        assert (status.st_ctime_ns > seen[-1]) == (number > 0), number
+        seen.append(status.st_ctime_ns)
+    with path.open("r+b") as file:
+        file.write(b"y")
+        os.utime(file.fileno(), ns=(5, _OLD_NS))
+        assert forced_stat(str(path)).st_ctime_ns > seen[-1]
+    run_tool("sh", "-c", "truncate -s 5M holes; echo end >> holes; tar -cf tar holes", cwd=box)
 
 
 def test_directories_say_when_their_names_changed(shared_store: MountedStore) -> None:
@@ -269,6 +299,8 @@ def test_room(make_store: Callable[..., MountedStore]) -> None:
         (box / "too much").write_bytes(b"t" * (3 << 20))
     with fails(errno.ENOSPC):
         os.truncate(box / "most", 12 << 20)
+    with fails(errno.ENOSPC):
+        os.truncate(box / "most", (1 << 63) - 1)  # a hole counts as its bytes
     (box / "too much").unlink()
     assert (box / "most").read_bytes() == b"m" * (8 << 20)
     (store.publish("full/1") / "most").read_bytes()

@@ -7,6 +7,7 @@ import mmap
 import os
 import random
 import subprocess
+import tempfile
 from collections.abc import Callable
 
 import pytest
@@ -144,6 +145,11 @@ def test_sparse(shared_store: MountedStore) -> None:
     assert path.stat().st_size == 20 * _MIB + 3
     staged = shared_store.state / "staging/data" / f"{path.stat().st_ino:x}"
     assert staged.stat().st_blocks * 512 < _MIB
+    # Only there: whoever asks the mount is told of no hole.
+    assert path.stat().st_blocks * 512 >= 20 * _MIB
+    with path.open("rb") as file:
+        assert os.lseek(file.fileno(), 0, os.SEEK_DATA) == 0
+        assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 20 * _MIB + 3
     _check_published(shared_store, "holes/1", {"file": bytes(20 * _MIB) + b"end"})
 
 
@@ -235,7 +241,13 @@ def test_direct_and_sync_flags(shared_store: MountedStore) -> None:
 def test_fallocate_and_copy_range(shared_store: MountedStore) -> None:
     box = shared_store.ingest("ranges/1")
     with (box / "reserved").open("wb") as file:
+        # The system's own is refused; the library's does without it.
+        run_tool("sh", "-c", "! fallocate --length 1 reserved 2>/dev/null", cwd=box)
         os.posix_fallocate(file.fileno(), 0, 100_000)
+    with fails(errno.EOPNOTSUPP):
+        os.open(box, os.O_TMPFILE | os.O_RDWR)
+    with tempfile.TemporaryFile(dir=box) as unnamed:
+        unnamed.write(b"does without it, too")
     (box / "source").write_bytes(b"s" * 300_000)
     with (box / "source").open("rb") as source, (box / "target").open("wb") as target:
         left = 300_000
