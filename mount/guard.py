@@ -12,9 +12,11 @@ import pyfuse3
 import trio
 
 from castore.errors import DeadlineExceeded, NotConfigured
+from castore.seldom import SeldomLog
 from mount.errnos import errno_of, is_expected
 
 log = logging.getLogger(__name__)
+_complaints = SeldomLog(log)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -98,10 +100,10 @@ def deadlined(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corou
 
 
 def fuse_error(what: str, exc: Exception) -> pyfuse3.FUSEError:
-    """The answer for an exception; the unforeseen is logged with its traceback."""
+    """The answer for an exception; the unforeseen is logged with its traceback, what else is EIO with its reason."""
     number = errno_of(exc)
     if not is_expected(exc):
         log.error("%s: unforeseen %s", what, type(exc).__name__, exc_info=exc)
     elif number == errno_of(Exception()) and not isinstance(exc, NotConfigured):
-        log.warning("%s: %s", what, exc)
+        _complaints.warning(f"{what} {type(exc).__name__}", f"{what}: {exc}")
     return pyfuse3.FUSEError(number)

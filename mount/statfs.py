@@ -7,7 +7,7 @@ from typing import Final
 
 import pyfuse3
 
-from castore.ingest.files import StagedFiles, disk_room_bytes
+from castore.ingest.files import StagedFiles
 
 _UNIT: Final = 4096
 _NAME_MAX: Final = 255
@@ -21,7 +21,7 @@ def statfs_of(files: StagedFiles | None) -> pyfuse3.StatvfsData:
     if files is None:
         return data
     disk = os.statvfs(files.folder)
-    free_bytes = max(0, min(disk_room_bytes(disk), files.max_bytes - files.staged_bytes))
+    free_bytes = max(0, min(files.disk.left_bytes(disk), files.max_bytes - files.staged_bytes))
     total_bytes = max(files.staged_bytes + free_bytes, 0)
     data.f_blocks = total_bytes // _UNIT
     data.f_bfree = data.f_bavail = free_bytes // _UNIT

@@ -270,6 +270,14 @@ class WorkspaceStore:
         """uid -> bytes of all its files."""
         return dict(self._execute("SELECT uid, sum(size_bytes) FROM nodes WHERE state <> '' GROUP BY uid"))
 
+    def has_bytes_of(self, uid: int, version_inode: int) -> bool:
+        """Whether a version has files with bytes that belong to a user."""
+        row = self._execute(
+            "SELECT 1 FROM nodes WHERE version_inode = ? AND uid = ? AND state <> '' AND size_bytes > 0 LIMIT 1",
+            (version_inode, uid),
+        ).fetchone()
+        return row is not None
+
     def versions(self) -> list[tuple[str, str, int]]:
         """(NAME, VERSION, inode) of every version in the ingest tree, by name."""
         rows = self._execute(

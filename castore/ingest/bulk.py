@@ -25,7 +25,6 @@ from castore.errors import (
     PackageExists,
     PublishBusy,
     SourceChanged,
-    StagingFull,
     TreeError,
     from_text,
 )
@@ -46,7 +45,7 @@ from castore.ingest.bulk_source import (
     count,
     shown,
 )
-from castore.ingest.files import disk_room_bytes
+from castore.ingest.disk_room import DiskRoom
 from castore.ingest.service import Ingest
 from castore.ingest.tree import INGEST_ROOT, PRODUCER, RETENTION_CLASS, check_label
 
@@ -371,7 +370,7 @@ class BulkImport:
                 reserved.append((uid, item.status.st_size))
             inodes = [self._tree.new_inode() for _ in items]
             places = [self._files.path(inode) for inode in inodes]
-            work = partial(_copy_within_room, items, places, counted, self._files.new_hasher)
+            work = partial(_copy_within_room, items, places, counted, self._files.disk, self._files.new_hasher)
             copied = await trio.to_thread.run_sync(work)
             failpoint("import.copied")
             with self._store.transaction():
@@ -501,10 +500,8 @@ def _next_steps(steps: Iterator[Step]) -> list[Step]:
 
 
 def _copy_within_room(
-    items: list[Item], places: list[Path], counted: Count, new_hasher: Callable[[], BlobHasher]
+    items: list[Item], places: list[Path], counted: Count, disk: DiskRoom, new_hasher: Callable[[], BlobHasher]
 ) -> list[Copied]:
-    """Copy files unless that would take the workspace's room on the disk. Raises StagingFull, else as `copy_files`."""
-    needed = sum(min(item.status.st_size, item.status.st_blocks * STAT_BLOCK_BYTES) for item in items)
-    if needed > disk_room_bytes(os.statvfs(places[0].parent)):
-        raise StagingFull("the disk of the staging folder is full")
-    return copy_files(items, places, counted, new_hasher)
+    """Copy files, and begin only if all of them fit by themselves. Raises as `copy_files`."""
+    disk.check(sum(min(item.status.st_size, item.status.st_blocks * STAT_BLOCK_BYTES) for item in items))
+    return copy_files(items, places, counted, disk, new_hasher)

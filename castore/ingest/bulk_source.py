@@ -17,6 +17,7 @@ import trio
 
 from castore.digest import BlobHasher, BlobSummary
 from castore.errors import AccessDenied, NotADirectory, NotFound, NotPermitted, SourceChanged, StateError, TreeError
+from castore.ingest.disk_room import DiskRoom
 
 CHUNK_BYTES: Final = 1024 * 1024
 """Bytes read, hashed and written at a time: the buffer of a copy."""
@@ -272,17 +273,22 @@ class Copied:
 
 
 def copy_files(
-    items: list[Item], places: list[Path], so_far: Count, new_hasher: Callable[[], BlobHasher] = BlobHasher
+    items: list[Item],
+    places: list[Path],
+    so_far: Count,
+    disk: DiskRoom,
+    new_hasher: Callable[[], BlobHasher] = BlobHasher,
 ) -> list[Copied]:
-    """Copy files to these places and hash them, in one pass.
+    """Copy files to these places, as long as the disk has room for them, and hash them, in one pass.
 
-    Raises SourceChanged, TreeError; StateError when staging cannot be written. What it made until then stays.
+    Raises SourceChanged, TreeError; StagingFull; StateError when staging cannot be written. What it made until then
+    stays.
     """
     buffer = memoryview(bytearray(min(CHUNK_BYTES, max(1, *(item.status.st_size for item in items), 1))))
-    return [_copy(item, place, buffer, so_far, new_hasher()) for item, place in zip(items, places, strict=True)]
+    return [_copy(item, place, buffer, so_far, disk, new_hasher()) for item, place in zip(items, places, strict=True)]
 
 
-def _copy(item: Item, place: Path, buffer: memoryview, so_far: Count, hasher: BlobHasher) -> Copied:
+def _copy(item: Item, place: Path, buffer: memoryview, so_far: Count, disk: DiskRoom, hasher: BlobHasher) -> Copied:
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         source = os.open(item.name, flags, dir_fd=item.folder.descriptor)
@@ -291,12 +297,14 @@ def _copy(item: Item, place: Path, buffer: memoryview, so_far: Count, hasher: Bl
     except OSError as exc:
         raise mapped(exc, item.path) from exc
     try:
-        return _copy_open(item, source, place, buffer, so_far, hasher)
+        return _copy_open(item, source, place, buffer, so_far, disk, hasher)
     finally:
         os.close(source)
 
 
-def _copy_open(item: Item, source: int, place: Path, buffer: memoryview, so_far: Count, hasher: BlobHasher) -> Copied:
+def _copy_open(
+    item: Item, source: int, place: Path, buffer: memoryview, so_far: Count, disk: DiskRoom, hasher: BlobHasher
+) -> Copied:
     before = os.fstat(source)
     if not stat.S_ISREG(before.st_mode) or before.st_size != item.status.st_size:
         raise _changed(item)
@@ -316,10 +324,12 @@ def _copy_open(item: Item, source: int, place: Path, buffer: memoryview, so_far:
                 break
             chunk = buffer[:size]
             hasher.update(chunk)
-            try:
-                _write(target, chunk, hasher.size_bytes - size, has_holes)
-            except OSError as exc:
-                raise _staging_failed(exc) from exc
+            if not (has_holes and bytes(chunk).count(0) == size):
+                try:
+                    with disk.taken(size):
+                        _write(target, chunk, hasher.size_bytes - size)
+                except OSError as exc:
+                    raise _staging_failed(exc) from exc
             so_far.size_bytes += size
         after = os.fstat(source)
         now = (hasher.size_bytes, after.st_size, after.st_mtime_ns)
@@ -334,9 +344,7 @@ def _copy_open(item: Item, source: int, place: Path, buffer: memoryview, so_far:
     return Copied(item, after, hasher.finish())
 
 
-def _write(target: int, chunk: memoryview, offset: int, has_holes: bool) -> None:
-    if has_holes and bytes(chunk).count(0) == len(chunk):
-        return
+def _write(target: int, chunk: memoryview, offset: int) -> None:
     done = 0
     while done < len(chunk):
         done += os.pwrite(target, chunk[done:], offset + done)

@@ -22,6 +22,7 @@ from castore.catalog.workspace import Node, WorkspaceStore
 from castore.digest import XXH3, BlobHasher, BlobSummary
 from castore.errors import NotOpen, ReadOnly, StagingFull, StateError
 from castore.failpoint import failpoint
+from castore.ingest.disk_room import DiskRoom
 from castore.ingest.hashing import INLINE_BYTES, HashQueue, hash_file
 from castore.ingest.pulse import Signal
 from castore.ingest.room import StagingRoom
@@ -34,10 +35,6 @@ RETRY_SECONDS: Final = 1.0
 ROOM_SECONDS: Final = 30.0
 """How long a write waits for room that a publish may give back; then it is ENOSPC. Longer than a publish by rename
 waits for puts (`ingest.publish_wait`, 5 s), and no longer than somebody bears whose Ctrl-C such a write holds up."""
-RESERVE_BYTES: Final = 16 * 1024 * 1024
-"""Bytes of users leave that much of the disk, or a sixteenth of a small one, to the workspace: else nothing could be
-removed from a full one, since that is written down too."""
-_RESERVE_SHARE: Final = 16
 
 
 @dataclass(slots=True)
@@ -81,6 +78,7 @@ class StagedFiles:
         self.room = StagingRoom(
             store.staged_bytes_by_user(), max_bytes=max_bytes, max_bytes_per_user=max_bytes_per_user
         )
+        self.disk = DiskRoom(folder)
         self.released = Signal()
         """Pulsed whenever a writer is gone or a digest is there."""
 
@@ -215,7 +213,8 @@ class StagedFiles:
     async def write(self, file: StagedFile, offset: int, data: bytes) -> int:
         """Write bytes; returns how many, fewer only when the disk is full. Raises StagingFull and OSError.
 
-        Waits while there is no room, and a publish of another version is about to make some; ROOM_SECONDS at most.
+        Waits while there is no room, and a publish of another version is about to make some, where the user is at their
+        own bound of some bytes of theirs; ROOM_SECONDS at most.
         """
         if offset + len(data) > file.size_bytes and not file.is_published:
             await self._wait_for_room(file, offset, len(data))
@@ -246,15 +245,22 @@ class StagedFiles:
         full = self._lack(file, offset, size_bytes)
         if full is not None:
             with trio.move_on_after(ROOM_SECONDS):
-                while full is not None and self.room.may_come(file.version_inode):
+                while full is not None and self._room_may_come(file, offset + size_bytes - file.size_bytes):
                     await self.room.changed.wait()
                     full = self._lack(file, offset, size_bytes)
         if full is not None:
             raise full
 
+    def _room_may_come(self, file: StagedFile, grow_bytes: int) -> bool:
+        """Whether a publish of another version is under way that helps: at the user's own bound, of bytes of theirs."""
+        leaving = self.room.leaving_beside(file.version_inode)
+        if not self.room.is_users_own(file.uid, grow_bytes):
+            return bool(leaving)
+        return any(self._store.has_bytes_of(file.uid, version_inode) for version_inode in leaving)
+
     def _lack(self, file: StagedFile, offset: int, size_bytes: int) -> StagingFull | None:
         """Why a write does not fit, if it does not. Costs a microsecond."""
-        if size_bytes > disk_room_bytes(os.fstatvfs(file.descriptor)):
+        if size_bytes > self.disk.left_bytes(os.fstatvfs(file.descriptor)):
             return StagingFull("the disk of the staging folder is full")
         return self.room.lack(file.uid, offset + size_bytes - file.size_bytes)
 
@@ -494,12 +500,6 @@ class StagedFiles:
                 self._note(file)
             os.close(file.descriptor)
         self._open.clear()
-
-
-def disk_room_bytes(disk: os.statvfs_result) -> int:
-    """What the staging disk has for bytes of users: what is free, less what the workspace may need."""
-    reserve = min(RESERVE_BYTES, disk.f_blocks * disk.f_frsize // _RESERVE_SHARE)
-    return max(0, disk.f_bavail * disk.f_frsize - reserve)
 
 
 def _pwrite_all(descriptor: int, data: bytes, offset: int) -> int:

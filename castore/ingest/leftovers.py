@@ -13,6 +13,7 @@ from castore.catalog.writer import CatalogWriter
 from castore.digest import Digest
 from castore.errors import ConfigError, NotFound, StateError, StorageError
 from castore.registry.routing import Route
+from castore.seldom import SeldomLog
 from castore.storage.spi import StorageBackend
 
 log = logging.getLogger(__name__)
@@ -40,20 +41,21 @@ class Leftovers:
         self._backends = backends
         self._route = route
         self._owner = owner
+        self._complaints = SeldomLog(log)
 
     def is_wanted(self, digest: Digest) -> bool:
         """Whether staged files with these bytes wait to be stored somewhere."""
         return bool(self._store.versions_wanting(digest))
 
     async def remove(self, digest: Digest, backend_id: str) -> bool:
-        """Whether nothing unfinished of the digest is left there now. Logs why not."""
+        """Whether nothing unfinished of the digest is left there now. Logs why not, seldom."""
         backend = self._backends.get(backend_id)
         if backend is None:
             return True  # not configured any more: nobody here can do anything about it
         try:
             await backend.abandon(digest)
         except StorageError as exc:
-            log.warning("what an unfinished put left stays for now: %s", exc)
+            self._complaints.warning(type(exc).__name__, f"what an unfinished put left stays for now: {exc}")
             return False
         return True
 

@@ -43,6 +43,7 @@ from castore.ingest.uploader import Uploader
 from castore.registry.locations import record_stored
 from castore.registry.names import is_valid_version
 from castore.registry.routing import Route
+from castore.seldom import SeldomLog
 from castore.storage.source import FileSource
 from castore.storage.spi import StorageBackend
 
@@ -54,7 +55,8 @@ FORGET_BATCH: Final = 2000
 MANIFEST_SECONDS: Final = 1.0
 """What the manifest's put may take when all of `wait_seconds` went by before."""
 UNDO_SECONDS: Final = 2.0
-"""What removing the manifest of a failed publish may take, with the kernel's locks held; else the next start does."""
+"""What removing the manifest of a failed publish may take, with the kernel's locks held; else the next try or start
+does."""
 POLL_SECONDS: Final = 0.25
 """How often progress is reported while waiting."""
 
@@ -105,6 +107,7 @@ class Publisher:
         self._owner = owner
         self._keep_owner = keep_owner
         self._on_published = on_published
+        self._complaints = SeldomLog(log)
 
     # waiting
 
@@ -229,6 +232,7 @@ class Publisher:
         route = await self._uploader.route(version_inode)
         async with self._frozen(version_inode, place):
             draft = self._draft(version_inode, name, version, labels, route)
+            await self._undo_earlier(draft)
             try:
                 manifest = await self._put_manifest(draft, max(deadline, trio.current_time() + MANIFEST_SECONDS))
                 failpoint("publish.put")
@@ -238,7 +242,8 @@ class Publisher:
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + UNDO_SECONDS) as undoing:
                     await self._undo(draft)
                 if undoing.cancelled_caught:
-                    log.warning("the manifest of unpublished %s/%s may stay until the next start", name, version)
+                    what = f"the manifest of unpublished {name}/{version} may stay until the next try or start"
+                    self._complaints.warning("manifest may stay", what)
                 raise
             self._tree.hand_over(version_inode)
         try:
@@ -399,15 +404,28 @@ class Publisher:
         failpoint("publish.forgotten")
         self._tree.forget(version_inode)
 
-    async def _undo(self, draft: Draft) -> None:
+    async def _undo_earlier(self, draft: Draft) -> None:
+        """Before a version leaves one more manifest, those of its tries that failed go: it has one at most that is to
+        be removed. Raises PublishBusy while a backend that has one is away; one that refuses for good keeps nobody.
+        """
+        with trio.move_on_after(UNDO_SECONDS):
+            error = await self._undo(draft)
+            if error is None or not error.temporary:
+                return
+            raise PublishBusy(f"the manifest of an earlier try is not removed: {error}; try again") from error
+        raise PublishBusy("the manifest of an earlier try was not removed in time; try again")
+
+    async def _undo(self, draft: Draft) -> StorageError | None:
+        error = None
         for note in self._store.publishings():
             if note.version_inode == draft.root.inode:
-                await self.undo(note, draft.backend_ids)
+                error = await self.undo(note, draft.backend_ids) or error
+        return error
 
-    async def undo(self, publishing: Publishing, backend_ids: tuple[str, ...]) -> None:
+    async def undo(self, publishing: Publishing, backend_ids: tuple[str, ...]) -> StorageError | None:
         """A publish did not come to its transaction: its manifest must not be found by a rebuild.
 
-        When a backend cannot delete now, the note stays and the next start tries again.
+        When a backend cannot delete now, that is returned; the note stays, and the next try or start has it removed.
         """
         digest = Digest(MANIFEST_ALGORITHM, publishing.manifest)
         errors: list[StorageError] = []
@@ -424,11 +442,13 @@ class Publisher:
             for backend_id in backend_ids:
                 nursery.start_soon(remove, backend_id)
         if errors:
-            log.warning("the manifest of unpublished %s/%s stays: %s", publishing.name, publishing.version, errors[0])
-            return
+            what = f"the manifest of unpublished {publishing.name}/{publishing.version} stays: {errors[0]}"
+            self._complaints.warning("manifest stays", what)
+            return errors[0]
         pairs = [(digest, backend_id) for backend_id in backend_ids]
         await self._writer.run(lambda transaction: transaction.drop_intents(pairs))
         self._store.end_publishing(publishing.version_inode, publishing.manifest)
+        return None
 
 
 def _check_absent(transaction: Transaction, name: str, version: str) -> None:

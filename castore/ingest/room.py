@@ -35,13 +35,17 @@ class StagingRoom:
         self.take(uid, grow_bytes)
 
     def lack(self, uid: int, grow_bytes: int) -> StagingFull | None:
-        """Why a file of that user cannot grow by so much, if it cannot."""
+        """Why a file of that user cannot grow by so much, if it cannot: of two reasons the user's own."""
         if grow_bytes > 0:
+            if self.is_users_own(uid, grow_bytes):
+                return StagingFull(f"uid {uid} staged all of ingest.max_bytes_per_user {self._max_bytes_per_user}")
             if self.staged_bytes + grow_bytes > self.max_bytes:
                 return StagingFull(f"staging is full: ingest.staging_max_bytes is {self.max_bytes}")
-            if self._max_bytes_per_user and self._of(uid) + grow_bytes > self._max_bytes_per_user:
-                return StagingFull(f"uid {uid} staged all of ingest.max_bytes_per_user {self._max_bytes_per_user}")
         return None
+
+    def is_users_own(self, uid: int, grow_bytes: int) -> bool:
+        """Whether the user's own bound keeps a file from growing by so much: what others give back does not help."""
+        return bool(self._max_bytes_per_user) and self._of(uid) + grow_bytes > self._max_bytes_per_user
 
     @contextmanager
     def leaving(self, version_inode: int) -> Iterator[None]:
@@ -54,9 +58,9 @@ class StagingRoom:
             self._leaving += Counter()  # forgets those with no publish left
             self.changed.pulse()
 
-    def may_come(self, version_inode: int) -> bool:
-        """Whether a publish of another version is under way: one's own may wait for the very writer that asks."""
-        return any(other != version_inode for other in self._leaving)
+    def leaving_beside(self, version_inode: int) -> list[int]:
+        """The other versions of which a publish is under way: one's own may wait for the very writer that asks."""
+        return [other for other in self._leaving if other != version_inode]
 
     def take(self, uid: int, size_bytes: int) -> None:
         """Count bytes, whatever the bounds; negative ones are given back."""

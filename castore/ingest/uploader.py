@@ -39,6 +39,7 @@ from castore.ingest.rate import RateWindow
 from castore.registry.deletion import take_over
 from castore.registry.locations import record_stored
 from castore.registry.routing import Route, Router
+from castore.seldom import SeldomLog
 from castore.storage.source import FileSource
 from castore.storage.spi import StorageBackend
 
@@ -127,6 +128,7 @@ class Uploader:
         self._file_count = 0
         self._puts, self._put_queue = trio.open_memory_channel[tuple[_Upload, str]](0)
         self._results, self._result_queue = trio.open_memory_channel[_Result](IN_FLIGHT_FILES)
+        self._complaints = SeldomLog(log)
         self._retry_seconds = 0.0
         self._failing = trio.Event()
         self._broken_off: dict[tuple[Digest, str], list[int]] = {}
@@ -352,7 +354,7 @@ class Uploader:
                 self._retry_seconds = 0.0
                 self.rate.add(len(upload.inodes), len(upload.inodes) * upload.summary.size_bytes)
             elif is_failed:
-                log.warning("put of %s failed: %s", digest, upload.error)
+                self._complaints.warning(type(upload.error).__name__, f"put of {digest} failed: {upload.error}")
                 if upload.error.temporary:
                     self._back_off()
         self.progress.pulse()

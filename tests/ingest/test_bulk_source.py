@@ -12,6 +12,7 @@ import trio
 
 from castore.errors import AccessDenied, NotFound, NotPermitted, SourceChanged, TreeError
 from castore.ingest.bulk_source import Copied, Count, Item, Leave, LinkedFiles, Walk, copy_files, count, mapped, shown
+from castore.ingest.disk_room import DiskRoom
 
 
 class Meddling(Count):
@@ -43,7 +44,8 @@ async def copy(
     with Walk(os.fsencode(root)) as walk:
         item = next(step for step in walk.steps() if isinstance(step, Item))
         before()
-        (copied,) = await trio.to_thread.run_sync(copy_files, [item], [target], Meddling(meddle))
+        room = DiskRoom(target.parent)
+        (copied,) = await trio.to_thread.run_sync(copy_files, [item], [target], Meddling(meddle), room)
     return copied
 
 

@@ -27,6 +27,7 @@ class Staging:
     """The staged files of a workspace, and their names, one for each inode."""
 
     def __init__(self, folder: Path, *, max_bytes: int = ROOM_BYTES, max_bytes_per_user: int = 0) -> None:
+        folder.mkdir(exist_ok=True)
         create_workspace(folder / "workspace.db")
         (folder / "data").mkdir(exist_ok=True)
         self.store = WorkspaceStore(folder / "workspace.db")
@@ -53,15 +54,15 @@ class Staging:
             yield
             nursery.cancel_scope.cancel()
 
-    def create(self, inode: int, uid: int = 1) -> StagedFile:
+    def create(self, inode: int, uid: int = 1, version: int = 9) -> StagedFile:
         """A new file, open for writing."""
         self.store.insert_node(
             Node(
-                inode=inode, version_inode=9, kind=Kind.FILE, mode=0o644, uid=uid, gid=0, creator_uid=uid, mtime_ns=1,
-                ctime_ns=1, size_bytes=0, nlink=1, target=b"", state="receiving",
+                inode=inode, version_inode=version, kind=Kind.FILE, mode=0o644, uid=uid, gid=0, creator_uid=uid,
+                mtime_ns=1, ctime_ns=1, size_bytes=0, nlink=1, target=b"", state="receiving",
             )
         )  # fmt: skip
-        self.store.insert_link(inode, 9, b"%d" % inode, inode)
+        self.store.insert_link(inode, version, b"%d" % inode, inode)
         return self.files.create(self.node(inode))
 
     def node(self, inode: int) -> Node:
@@ -254,6 +255,30 @@ async def test_how_long_a_write_waits_for_room(staging: Staging, autojump_clock:
             await files.write(file, 10, b"x")
         assert trio.current_time() - began == pytest.approx(seconds)
     assert (files.staged_bytes, file.size_bytes) == (10, 10)
+
+
+async def test_at_ones_own_bound_only_ones_own_bytes_are_waited_for(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The publish of another user gives back nothing that helps, also when all staged bytes are at their bound."""
+    for max_bytes in (ROOM_BYTES, 20):
+        staging = Staging(tmp_path / str(max_bytes), max_bytes=max_bytes, max_bytes_per_user=10)
+        files = staging.files
+        staging.create(100, version=7, uid=1)
+        others = staging.create(101, version=8, uid=2)
+        mine = staging.create(102, version=9, uid=1)
+        await files.write(others, 0, bytes(10))
+        await files.write(mine, 0, bytes(10))
+        await files.flush(mine)
+        for version, seconds in ((8, 0.0), (7, 0.0), (9, ROOM_SECONDS)):
+            file = files.open_file(100)
+            assert file is not None
+            began = trio.current_time()
+            with files.room.leaving(version), pytest.raises(StagingFull, match="uid 1 staged all"):
+                await files.write(file, 0, b"x")
+            assert trio.current_time() - began == pytest.approx(seconds), (max_bytes, version)
+        files.close()
+        staging.store.close()
 
 
 async def test_what_the_disk_refuses_is_not_counted(staging: Staging) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from castore.digest import MANIFEST_ALGORITHM
 from castore.registry.manifest import read_manifest
+from tests.mount.crash_round import rows
 from tests.mount.store import MountedStore, fails, run_tool, wait_until
 from tests.mount.trees import assert_same, make_tree, sha256, snapshot
 
@@ -283,3 +284,27 @@ def test_where_publish_does_not_go(shared_store: MountedStore) -> None:
     # Under another VERSION it may be published.
     box.rename(packages / "astray/2")
     assert (packages / "astray/2/file").read_text() == "x"
+
+
+def test_tried_over_and_over_while_the_backend_is_away(store: MountedStore) -> None:
+    """Some lines in the log and one manifest that may have to be removed, however often it is tried."""
+    stored = store.ingest("away/1")
+    (stored / "a").write_bytes(b"stored before")
+    store.wait_stored(stored / "a")
+    objects = store.objects.rename(store.root / "elsewhere")
+    waits = store.ingest("away/2")
+    for number in range(20):
+        (waits / f"{number}").write_bytes(b"%d" % number)
+    wait_until(lambda: "is left alone" in store.log(), "the backend is left alone")
+    for _ in range(20):
+        for box in (stored, waits):
+            with fails(errno.EBUSY):
+                box.rename(store.package(f"away/{box.name}"))
+    lines = [line for line in store.log().splitlines() if "WARNING" in line]
+    assert len(lines) < 10, lines
+    assert len(rows(store.state / "staging/workspace.db", "SELECT * FROM publishing")) <= 1
+    objects.rename(store.objects)
+    for box in (stored, waits):
+        store.publish(f"away/{box.name}")
+    assert len(list(store.objects.glob("manifest-sha256/*/*/*"))) == 2
+    assert rows(store.state / "staging/workspace.db", "SELECT * FROM publishing") == []
