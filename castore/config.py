@@ -17,10 +17,17 @@ from typing import Any, Final
 
 import platformdirs
 
-from castore.config_backends import BackendSettings, LocalSettings, S3Settings, parse_backends
+from castore.config_backends import (
+    KEY_REFERENCES,
+    BackendSettings,
+    LocalSettings,
+    S3Settings,
+    key_references,
+    parse_backends,
+)
 from castore.config_events import EventSettings, parse_events
 from castore.config_retention import RetentionRule, RetentionSettings, parse_retention
-from castore.config_values import Table, suggestion
+from castore.config_values import SecretRef, Table, suggestion
 from castore.digest import SHA256_BLOCKS, XXH3
 from castore.errors import ConfigError
 
@@ -32,6 +39,7 @@ __all__ = [
     "CacheSettings",
     "Config",
     "EventSettings",
+    "FollowSettings",
     "HttpSettings",
     "IngestSettings",
     "LocalSettings",
@@ -56,7 +64,7 @@ CONFIG_VARIABLE: Final = "CASTORE_CONFIG"
 
 LISTEN_RULE: Final = '"HOST:PORT" or "[IPV6]:PORT", the port from 0 to 65535'
 
-_TABLES: Final = ("store", "cache", "ingest", "backends", "routing", "verify", "retention", "http", "events")
+_TABLES: Final = ("store", "cache", "ingest", "backends", "routing", "verify", "retention", "http", "events", "follow")
 _KIB: Final = 2**10
 _MIB: Final = 2**20
 _GIB: Final = 2**30
@@ -185,6 +193,21 @@ class HttpSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class FollowSettings:
+    """The keys for a replica of another host's catalog in S3. All None where the environment has them."""
+
+    access_key_ref: SecretRef | None = None
+    secret_key_ref: SecretRef | None = None
+    session_token_ref: SecretRef | None = None
+
+    @property
+    def references(self) -> tuple[SecretRef, ...]:
+        """Those that are set."""
+        every = (self.access_key_ref, self.secret_key_ref, self.session_token_ref)
+        return tuple(reference for reference in every if reference is not None)
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """All settings, checked against each other. `source` is the file they come from, None for the defaults."""
 
@@ -197,6 +220,7 @@ class Config:
     retention: RetentionSettings
     http: HttpSettings
     events: EventSettings
+    follow: FollowSettings
     source: Path | None
 
     @property
@@ -207,10 +231,10 @@ class Config:
 
     def check_references(self, environ: Mapping[str, str] | None = None) -> None:
         """Resolve every reference to a secret and forget the result. Raises ConfigError for the first that fails."""
-        for settings in self.backends.values():
-            if isinstance(settings, S3Settings):
-                for reference in settings.references:
-                    reference.resolve(environ)
+        buckets = [settings.references for settings in self.backends.values() if isinstance(settings, S3Settings)]
+        for references in (*buckets, self.follow.references):
+            for reference in references:
+                reference.resolve(environ)
 
 
 def user_config_path() -> Path:
@@ -299,6 +323,7 @@ def parse_config(values: Mapping[str, Any], *, source: Path | None) -> Config:
         retention=parse_retention(top),
         http=_http(top),
         events=parse_events(top),
+        follow=FollowSettings(*key_references(top.table("follow", KEY_REFERENCES, secret=True))),
         source=source,
     )
     _check_places(config, file)

@@ -17,15 +17,14 @@ _PART_MIN_BYTES: Final = 5 * _MIB
 """The least that the S3 protocol allows for a part (Amazon S3 user guide, "multipart upload limits")."""
 _PART_MAX_BYTES: Final = 5 * 1024 * _MIB
 """The most that it allows for a part, and for a put in one piece."""
+KEY_REFERENCES: Final = ("access_key_ref", "secret_key_ref", "session_token_ref")
 _S3_KEYS: Final = (
     "endpoint_url",
     "addressing_style",
     "region",
     "bucket",
     "key_prefix",
-    "access_key_ref",
-    "secret_key_ref",
-    "session_token_ref",
+    *KEY_REFERENCES,
     "storage_class",
     "sse",
     "sse_kms_key_id",
@@ -148,7 +147,7 @@ def _s3(table: Table, backend_id: str) -> S3Settings:
         allowed="a bucket's name: 3 to 63 letters, digits or ._-",
         pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{2,62}",
     )
-    access_key_ref, secret_key_ref, session_token_ref = _references(table)
+    access_key_ref, secret_key_ref, session_token_ref = key_references(table)
     sse = table.choice("sse", None, ("AES256", "aws:kms")) if "sse" in table else None
     return S3Settings(
         backend_id=backend_id,
@@ -192,14 +191,13 @@ def _block_digest(table: Table) -> str:
     return table.choice("block_digest", XXH3, tuple(CHECKSUM_BYTES))
 
 
-def _references(table: Table) -> tuple[SecretRef | None, SecretRef | None, SecretRef | None]:
+def key_references(table: Table) -> tuple[SecretRef | None, SecretRef | None, SecretRef | None]:
     """Of the key's id, the key and the session token: all that are set, and none without the first two."""
-    keys = ("access_key_ref", "secret_key_ref", "session_token_ref")
-    given = [key for key in keys if key in table]
-    for key in keys[:2]:
+    given = [key for key in KEY_REFERENCES if key in table]
+    for key in KEY_REFERENCES[:2]:
         if given and key not in given:
             raise table.missing(key, f"a reference, as {given[0]} is one; without any the AWS credential chain decides")
-    access, secret, token = (table.reference(key) if key in table else None for key in keys)
+    access, secret, token = (table.reference(key) if key in table else None for key in KEY_REFERENCES)
     return access, secret, token
 
 

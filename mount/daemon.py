@@ -98,7 +98,7 @@ class Daemon:
 
     def __init__(self, config: Config, path: Path, options: frozenset[str], follow: str | None = None) -> None:
         self._config = config
-        self._follower = None if follow is None else Follower(follow, config.store)
+        self._follower = None if follow is None else Follower(follow, config.store, config.follow)
         self._path = path
         self._options = options
         self._ingest: Ingest | None = None

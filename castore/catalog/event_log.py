@@ -41,6 +41,16 @@ class EventReader(CatalogReader):
         row = self._one("SELECT seq FROM sqlite_sequence WHERE name = 'events'")
         return 0 if row is None else int(row[0])
 
+    def newest_event(self) -> tuple[int, str] | None:
+        """Sequence and id of the newest event that is kept."""
+        row = self._one("SELECT sequence, event_id FROM events ORDER BY sequence DESC LIMIT 1")
+        return None if row is None else (int(row[0]), str(row[1]))
+
+    def event_id(self, sequence: int) -> str:
+        """The id of an event, '' when there is none of that sequence."""
+        row = self._one("SELECT event_id FROM events WHERE sequence = ?", sequence)
+        return "" if row is None else str(row[0])
+
     def first_sequence(self) -> int:
         """The sequence of the oldest event that is kept; when there is none, that of the next one to come."""
         row = self._one("SELECT min(sequence) FROM events")

@@ -122,6 +122,11 @@ default = "local"
 # retry_max = "5min"              # the longest wait between two attempts
 # batch_events = 100              # events in one request, at most
 # ca_bundle = "/etc/castore/authorities.pem"          # to trust instead of the host's
+
+# [follow]                        # for `castore mount --follow URL`: the keys of a replica in S3
+# access_key_ref = "env:CASTORE_REPLICA_KEY"           # env:NAME or file:PATH, never the key itself
+# secret_key_ref = "file:/run/secrets/castore_replica_key"  # without both: the environment's, as litestream reads it
+# session_token_ref = "file:/run/secrets/castore_replica_token"  # for keys that come with one
 """
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from castore.catalog.copy_file import sync_path
-from castore.catalog.reader import CatalogReader
+from castore.catalog.event_log import EventReader
 from castore.errors import StateError
 
 CHECK_BYTES_MAX: Final = 64 * 2**20
@@ -65,7 +65,7 @@ def transaction_of(copy: Path) -> int:
     """The number of the transaction that litestream's copy is whole at, or was before it is written to again; 0 before
     there is one.
     """
-    with suppress(FileNotFoundError, ValueError):
+    with suppress(OSError, ValueError):
         return int(_number_path(copy).read_text(), 16)
     return 0
 
@@ -94,16 +94,25 @@ def take(copy: Path, target: Path) -> int:
 
 def check(path: Path, served: Path | None) -> None:
     """Refuse what must not take the place of the catalog `served`. Raises StateError, CatalogTooNew."""
-    with closing(CatalogReader(path)) as new:
+    with closing(EventReader(path)) as new:
         if path.stat().st_size <= CHECK_BYTES_MAX or served is None:
             new.quick_check()
         if served is None:
             return
-        with closing(CatalogReader(served)) as old:
+        with closing(EventReader(served)) as old:
             if new.catalog_id() != old.catalog_id():
                 raise StateError("the replica is that of another catalog now: mount again to follow it")
             if new.next_inode() < old.next_inode():
                 raise StateError("the replica went back to an older state of the catalog: mount again to follow it")
+            # What was published here and is not there may have had the inode numbers that other files have there.
+            if not _goes_on(new, old):
+                raise StateError("the replica has another history of the catalog now: mount again to follow it")
+
+
+def _goes_on(new: EventReader, old: EventReader) -> bool:
+    """Whether the newest event that `old` has kept happened in `new`, too, or is too old to be kept there."""
+    newest = old.newest_event()
+    return newest is None or newest[0] < new.first_sequence() or new.event_id(newest[0]) == newest[1]
 
 
 def put_in_place(new: Path, target: Path) -> None:

@@ -13,12 +13,13 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import trio
 
-from castore.config import StoreSettings
+from castore.config import FollowSettings, StoreSettings
 from castore.errors import StateError
 from castore.replica import adopting
 from castore.replica.adopting import Followed
@@ -38,6 +39,8 @@ AGAIN_SECONDS_MAX: Final = 60.0
 """From the end of the program to its next start: the first time, and at most."""
 FIRST_SECONDS: Final = 600.0
 """For the first restore: a million entries took 3 s, from a disk."""
+RESERVE_BYTES: Final = 16 * 2**20
+"""Of the state directory's disk that no replica gets, however large it says to be."""
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +60,12 @@ class FollowedState:
 class Follower:
     """For one state directory, whose lock the caller holds. Raises ConfigError for what cannot be followed at all."""
 
-    def __init__(self, url: str, store: StoreSettings) -> None:
-        self._litestream = Litestream(url)
+    def __init__(
+        self, url: str, store: StoreSettings, settings: FollowSettings, *, stalled_seconds: float = STALLED_SECONDS
+    ) -> None:
+        self._litestream = Litestream(url, settings)
         self._store = store
+        self._stalled_seconds = stalled_seconds
         self._following: Following | None = None
         self._transaction = 0
         self._newest = 0
@@ -69,6 +75,8 @@ class Follower:
         """When the catalog was last known to be the newest."""
         self._ask_error = ""
         self._take_error = ""
+        self._run_error = ""
+        """Why litestream is begun anew, until its copy is as new as the catalog again."""
         self._rejected = 0
         """A transaction that was not taken, so that it is not tried again."""
         self._said = ""
@@ -82,7 +90,7 @@ class Follower:
             self._litestream.shown_url,
             self._transaction,
             max(0.0, (time.time_ns() - self._current_ns) / 1e9),
-            self._take_error or self._ask_error,
+            self._take_error or self._ask_error or self._run_error,
         )
 
     # beginning
@@ -106,12 +114,13 @@ class Follower:
         self._restore_first()
 
     def _restore_first(self) -> None:
-        following = self._following = self._start()
         deadline = time.monotonic() + FIRST_SECONDS
         try:
+            following = self._following = self._start()
             while not (transaction := adopting.take(following.copy, self._part()) if following.copy.exists() else 0):
                 if following.has_ended:
                     raise StateError(self._litestream.explained(following.said))
+                self._check_room()
                 if time.monotonic() > deadline:
                     raise StateError(f"{self._litestream.shown_url}: was not restored within {FIRST_SECONDS:g} s")
                 time.sleep(0.02)
@@ -119,6 +128,9 @@ class Follower:
             # First the marker: what lies there must never be taken for a catalog of this host's own.
             adopting.write_marker(self._store.followed_path, Followed(self._litestream.shown_url, transaction))
             adopting.put_in_place(self._part(), self._store.catalog_path)
+        except OSError as exc:
+            self.close()
+            raise StateError(f"{exc.filename or self._store.follow_dir}: {exc.strerror}") from exc
         except BaseException:
             self.close()
             raise
@@ -140,17 +152,24 @@ class Follower:
             nursery.start_soon(self._ask_always)
             again_seconds = AGAIN_SECONDS
             while True:
-                if self._following is None:
-                    self._following = self._start()
-                    self._moved = time.monotonic()
-                taken = await self._take_new(self._following, on_taken)
-                if taken:
-                    again_seconds = AGAIN_SECONDS
-                if self._following.has_ended or self._is_stalled():
-                    self._begin_anew()
+                taken = 0.0
+                try:
+                    if self._following is None:
+                        self._following = self._start()
+                        self._moved = time.monotonic()
+                    taken = await self._take_new(self._following, on_taken)
+                    self._check_getting_on(self._following)
+                except (StateError, OSError) as exc:
+                    self._say_once(str(exc))
+                    self._run_error = str(exc)
+                    await self._end_following()
                     await trio.sleep(again_seconds)
                     again_seconds = min(2 * again_seconds, AGAIN_SECONDS_MAX)
                     continue
+                if taken:
+                    again_seconds = AGAIN_SECONDS
+                if self._copied == self._transaction:
+                    self._run_error = ""
                 await trio.sleep(max(LOOK_SECONDS, taken * TAKE_SHARE))
 
     async def _ask_always(self) -> None:
@@ -184,9 +203,11 @@ class Follower:
         try:
             transaction = await trio.to_thread.run_sync(self._take, following.copy)
         except (StateError, OSError) as exc:
-            self._rejected = copied
             self._say_once(f"{self._litestream.shown_url}: transaction {copied:x} is not taken: {exc}")
             self._take_error = str(exc)
+            if isinstance(exc, OSError):  # as of a full disk: tried again
+                return max(AGAIN_SECONDS, time.monotonic() - began)
+            self._rejected = copied
             return time.monotonic() - began
         if transaction:
             self._transaction = transaction
@@ -199,25 +220,39 @@ class Follower:
         return time.monotonic() - began
 
     def _take(self, copy: Path) -> int:
-        transaction = adopting.take(copy, self._part())
+        try:
+            transaction = adopting.take(copy, self._part())
+        except OSError:
+            self._part().unlink(missing_ok=True)
+            raise
         if transaction:
             adopting.check(self._part(), self._store.catalog_path)
             adopting.put_in_place(self._part(), self._store.catalog_path)
             adopting.write_marker(self._store.followed_path, Followed(self._litestream.shown_url, transaction))
         return transaction
 
-    def _is_stalled(self) -> bool:
-        return time.monotonic() - self._moved > STALLED_SECONDS
+    def _check_getting_on(self, following: Following) -> None:
+        """Raises StateError when litestream has to be begun anew."""
+        if following.has_ended:
+            raise StateError(self._litestream.explained(following.said))
+        if time.monotonic() - self._moved > self._stalled_seconds:
+            raise StateError(f"{self._litestream.shown_url}: litestream does not get on; it is started anew")
+        self._check_room()
 
-    def _begin_anew(self) -> None:
-        assert self._following is not None
-        if self._following.has_ended:
-            self._say_once(self._litestream.explained(self._following.said))
-        else:
-            log.warning("%s: litestream does not get on; it is started anew", self._litestream.shown_url)
-        self._following.end()
-        shutil.rmtree(self._following.copy.parent, ignore_errors=True)
-        self._following = None
+    def _check_room(self) -> None:
+        """Raises StateError before litestream fills the disk."""
+        if shutil.disk_usage(self._store.follow_dir).free < RESERVE_BYTES:
+            raise StateError(
+                f"{self._store.follow_dir}: no space left on the device but {RESERVE_BYTES >> 20} MiB: a catalog takes "
+                "three times its size while it is taken; make room, or see whose replica it is"
+            )
+
+    async def _end_following(self) -> None:
+        # In a thread: a program that does not heed its signal takes seconds, in which this mount serves.
+        if (following := self._following) is not None:
+            await trio.to_thread.run_sync(following.end)
+            await trio.to_thread.run_sync(partial(shutil.rmtree, following.copy.parent, ignore_errors=True))
+            self._following = None
         self._copied = 0
 
     def _start(self) -> Following:

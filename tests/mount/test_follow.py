@@ -198,6 +198,42 @@ def test_the_program_that_ends_is_started_again(writer: MountedStore, follower: 
     assert (follower.package("again/1") / "README").read_bytes() == b"read me again"
 
 
+def test_keys_of_the_settings(
+    make_store: Callable[..., MountedStore],
+    writer: MountedStore,
+    url: str,
+    s3_server: SeaweedFS,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Those of the environment are others, and not used; one that is changed counts when the program starts anew."""
+    secret = tmp_path / "secret"
+    secret.write_text(f"{s3_server.secret_key}\n")
+    follower = make_follower(make_store, writer)
+    references = f'access_key_ref = "env:REPLICA_KEY"\nsecret_key_ref = "file:{secret}"\n'
+    follower.config.write_text(f"{follower.config.read_text()}\n[follow]\n{references}")
+    for prefix in ("AWS", "LITESTREAM"):
+        monkeypatch.setenv(f"{prefix}_ACCESS_KEY_ID", "another")
+        monkeypatch.setenv(f"{prefix}_SECRET_ACCESS_KEY", "another secret")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "another token")
+    done = follower.run("mount", str(follower.mnt), "--background", "--follow", url)
+    assert done.returncode == 2
+    assert "follow.access_key_ref: cannot resolve env:REPLICA_KEY" in done.stderr
+    monkeypatch.setenv("REPLICA_KEY", s3_server.access_key)
+    follower.mount("--follow", url)
+    assert (seen(follower, "zlib/1.0") / "README").read_bytes() == b"read me"
+    secret.rename(tmp_path / "away")
+    [first] = litestream_of(follower)
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: "cannot resolve file:" in followed(follower)["error"], "it says that the key is gone")
+    assert (follower.package("zlib/1.0") / "README").read_bytes() == b"read me"
+    (tmp_path / "away").rename(secret)
+    publish(writer, "keys/1", {"README": b"read me again"})
+    seen(follower, "keys/1")
+    wait_until(lambda: not followed(follower)["error"], "all is well again")
+    assert s3_server.secret_key not in follower.log()
+
+
 def litestream_of(store: MountedStore) -> list[int]:
     """The processes that follow for a daemon."""
     return [pid for pid in children_of(store.pid) if b"-follow-interval" in Path(f"/proc/{pid}/cmdline").read_bytes()]

@@ -9,8 +9,8 @@ import sqlite3
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import pytest
 from castore.mountinfo import mount_at
 from castore.replica.litestream import find_program
 from tests.mount.following import age_check, followed, make_follower, publish
+from tests.mount.small_disk import SIZE_BYTES, small_disk
 from tests.mount.store import WAIT_SECONDS, MountedStore, run_tool, wait_until
 
 
@@ -168,6 +169,91 @@ def test_a_catalog_that_must_not_be_taken(follower: MountedStore, writer: Mounte
     assert "fail  following: " in follower.run("doctor").stdout
     assert json.loads(follower.castore("catalog", "check", "--json"))["is_sound"]
     assert os.listdir(follower.mnt / "packages") == ["zlib"]
+
+
+@contextmanager
+def edited(catalog: Path, url: str, *statements: str) -> Iterator[None]:
+    """Other rows, replicated; the ones before at the end."""
+    before = catalog.with_suffix(".before")
+    run_tool("sqlite3", catalog, f".backup {before}")
+    with closing(sqlite3.connect(catalog)) as database:
+        for statement in statements:
+            database.execute(statement)
+        database.commit()
+        replicate(catalog, url)
+        yield
+        with closing(sqlite3.connect(before)) as old:
+            old.backup(database)
+    replicate(catalog, url)
+
+
+def test_a_history_that_was_replaced(follower: MountedStore, writer: MountedStore, tmp_path: Path) -> None:
+    """Where what was seen is lost, it is refused; where it is there, what was listed is listed anew."""
+    url, copy = f"file://{tmp_path}/replica", tmp_path / "copy.db"
+    run_tool("sqlite3", writer.state / "catalog.db", f".backup {copy}")
+    replicate(copy, url)
+    follower.mount("--follow", url)
+    old = follower.package("zlib/1.0")
+    assert os.listdir(old) == ["README"]
+    newest = "(SELECT max(sequence) FROM events)"
+    for change in (f"DELETE FROM events WHERE sequence = {newest}", "UPDATE events SET event_id = 'e' || sequence"):
+        with edited(copy, url, change):
+            wait_until(partial(_says, follower, "has another history of the catalog now"), change)
+            assert os.listdir(old) == ["README"]
+        wait_until(lambda: not followed(follower)["error"], "it is followed again")
+    # The writer lets go of old events: that is no other history.
+    taken = followed(follower)["transaction"]
+    with edited(
+        copy,
+        url,
+        "DELETE FROM events",
+        f"UPDATE entries SET name = x'{b'ANEW'.hex()}' WHERE name = x'{b'README'.hex()}'",
+    ):
+        wait_until(lambda: followed(follower)["transaction"] > taken, "it is taken")
+        wait_until(lambda: os.listdir(old) == ["ANEW"], "it is listed anew")
+        assert (old / "ANEW").read_bytes() == b"read me"
+
+
+@pytest.mark.parametrize("spoil", ["cut", "text", "gone"])
+def test_a_replica_that_is_spoiled(follower: MountedStore, writer: MountedStore, tmp_path: Path, spoil: str) -> None:
+    url, copy, replica = f"file://{tmp_path}/replica", tmp_path / "copy.db", tmp_path / "replica"
+    run_tool("sqlite3", writer.state / "catalog.db", f".backup {copy}")
+    replicate(copy, url)
+    files = list(replica.rglob("*.ltx"))
+    assert files
+    for path in files:
+        if spoil == "gone":
+            path.unlink()
+        elif spoil == "cut":
+            os.truncate(path, path.stat().st_size // 2)
+        else:
+            path.write_bytes(b"somebody's notes" * 1000)
+    assert url in refused(follower, "--follow", url)
+    assert not follower.config.with_name("state").joinpath("catalog.db").exists()
+
+
+def test_a_replica_that_is_too_large(follower: MountedStore, writer: MountedStore, tmp_path: Path) -> None:
+    """Zeros that take little room in the replica: the disk is not filled, and a mount that follows goes on."""
+    url, copy = f"file://{tmp_path}/replica", tmp_path / "copy.db"
+    run_tool("sqlite3", writer.state / "catalog.db", f".backup {copy}")
+    replicate(copy, url)
+    with small_disk(follower.state) as disk:
+        follower.mount("--follow", url)
+        old = follower.package("zlib/1.0")
+        assert (old / "README").read_bytes() == b"read me"
+        with edited(copy, url, "CREATE TABLE bomb (zeros)", f"INSERT INTO bomb VALUES (zeroblob({2 * SIZE_BYTES}))"):
+            wait_until(partial(_says, follower, "no space left on"), "it says so")
+            assert os.listdir(old) == ["README"]
+            follower.umount()
+            assert disk.free_bytes() > SIZE_BYTES // 2
+            (follower.state / "followed.json").unlink()
+            (follower.state / "catalog.db").unlink()
+            line = refused(follower, "--follow", url)
+            assert "no space left on" in line
+            assert disk.free_bytes() > SIZE_BYTES // 2
+        follower.mount("--follow", url)
+        assert (old / "README").read_bytes() == b"read me"
+        follower.umount()
 
 
 def _says(store: MountedStore, error: str) -> bool:
