@@ -48,14 +48,25 @@ def take_lock(path: Path, state_dir: Path, *, holder: Holder = "daemon") -> int:
 def holder_cannot_end(path: Path) -> bool:
     """Whether the holder was killed, but a thread of it does not come back from the kernel, and keeps what it holds."""
     with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            pid = _note(descriptor).partition(" ")[0]
-        finally:
-            os.close(descriptor)
+        pid = _note_at(path).partition(" ")[0]
         if pid.isdecimal():
             return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     return False
+
+
+def is_held_by_a_daemon(path: Path) -> bool:
+    """Whether whoever holds the lock, or held it last, serves a mount, or did, or is about to."""
+    with suppress(OSError):
+        return _note_at(path).isdecimal()
+    return False
+
+
+def _note_at(path: Path) -> str:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _note(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _note(descriptor: int) -> str:

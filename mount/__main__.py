@@ -51,6 +51,9 @@ def main() -> int:
 
 
 def _tell_ready(descriptor: int | None) -> None:
+    if descriptor is not None and os.getpgrp() != os.getpid():
+        # Not before: autofs lets nobody see the mountpoint yet but the process group of its own daemon.
+        os.setsid()
     tell(READY)
     _tell(descriptor, {"ready": True, "pid": os.getpid()})
 

@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import signal
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -120,7 +121,9 @@ class Daemon:
                 )
             open_reader(store.catalog_path).close()
         if "ro" not in self._options or self._follower is not None:
-            self._lock = mountpoint.take_lock(store.run_dir / "lock", state_dir)
+            self._lock = mountpoint.take_lock(
+                store.run_dir / "lock", state_dir, read_only=self._follower is not None
+            )
         try:
             self._path = mountpoint.prepare(self._path, state_dir, is_writer=self._lock is not None)
             if self._follower is not None:
@@ -225,23 +228,25 @@ class Daemon:
                 await trio.to_thread.run_sync(load_backend, settings)
             if ingest is not None:
                 await ingest.recover()
-            async with trio.open_nursery() as nursery:
-                await nursery.start(blobs.run)
-                await nursery.start(probes.run)
-                await nursery.start(counts.run)
-                if ingest is not None and writer is not None:
-                    await self._start_writing(nursery, ingest, blobs, writer)
-                if follower is not None:
-                    nursery.start_soon(self._serve_http)
-                    nursery.start_soon(follower.run, partial(_read_anew, catalog, packages))
-                self._mount()
-                nursery.start_soon(self._stop_on_signal)
-                try:
-                    await self._serve(on_ready)
-                finally:
-                    nursery.cancel_scope.cancel()
-            self._say_what_is_left()
-            self._unmount()
+            # From before the mount is there until it is not: a signal that ends this process leaves it dead.
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(blobs.run)
+                    await nursery.start(probes.run)
+                    await nursery.start(counts.run)
+                    if ingest is not None and writer is not None:
+                        await self._start_writing(nursery, ingest, blobs, writer)
+                    if follower is not None:
+                        nursery.start_soon(self._serve_http)
+                        nursery.start_soon(follower.run, partial(_read_anew, catalog, packages))
+                    self._mount()
+                    nursery.start_soon(self._stop_on_signal, signals)
+                    try:
+                        await self._serve(on_ready)
+                    finally:
+                        nursery.cancel_scope.cancel()
+                self._say_what_is_left()
+                self._unmount()
         finally:
             self._leave_mounted()
             with trio.CancelScope(shield=True):
@@ -315,15 +320,14 @@ class Daemon:
         log.info("mounted %s", self._path)
         on_ready()
 
-    async def _stop_on_signal(self) -> None:
+    async def _stop_on_signal(self, signals: AsyncIterator[int]) -> None:
         try:
-            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-                number = await anext(signals)
-                log.info("%s: ending", signal.Signals(number).name)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._wait_for_puts, nursery.cancel_scope)
-                    await anext(signals)
-                    nursery.cancel_scope.cancel()
+            number = await anext(signals)
+            log.info("%s: ending", signal.Signals(number).name)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._wait_for_puts, nursery.cancel_scope)
+                await anext(signals)
+                nursery.cancel_scope.cancel()
         finally:
             # Cancelled because the background work failed: a mount without it takes bytes and never stores them.
             pyfuse3.terminate()

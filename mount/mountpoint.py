@@ -20,7 +20,7 @@ DEAD_MOUNTS_MAX: Final = 16
 """Dead mounts on top of each other that are cleared; more is somebody's doing."""
 USERS_NAMED_MAX: Final = 5
 END_SECONDS: Final = 5.0
-"""A daemon that was killed may take to end, once its connection is aborted. It takes no time."""
+"""A daemon may take to end that has no mount any more, or was killed and its connection aborted. Most take no time."""
 POLL_SECONDS: Final = 0.05
 """Between two looks at that."""
 
@@ -59,20 +59,23 @@ def prepare(path: Path, state_dir: Path, *, is_writer: bool) -> Path:
     return resolved
 
 
-def take_lock(path: Path, state_dir: Path) -> int:
-    """As castore.state_lock does, also from a daemon that was killed and cannot end. Raises StateLocked.
+def take_lock(path: Path, state_dir: Path, *, read_only: bool = False) -> int:
+    """As castore.state_lock does, also from a daemon that is about to end, or cannot. Raises StateLocked.
 
-    Such a one has a thread that tells the kernel something about a folder in which somebody waits for an answer of the
-    daemon. Nobody comes free before the connection is aborted.
+    One that has no mount any more, of the kind that is asked for, ends: umount(8) does not wait for it, and the next
+    mount may come at once. One that was killed and cannot end has a thread that tells the kernel something about a
+    folder in which somebody waits for an answer of the daemon. Nobody comes free before the connection is aborted.
     """
     try:
         return state_lock.take_lock(path, state_dir)
     except StateLocked:
-        if not state_lock.holder_cannot_end(path):
+        if not state_lock.is_held_by_a_daemon(path):
             raise
-    for mount in read_mounts():
-        if mount.state_dir == state_dir and not mount.read_only:
-            detach(mount.mountpoint)
+        mounts = [mount for mount in read_mounts() if mount.state_dir == state_dir and mount.read_only == read_only]
+        if mounts and not state_lock.holder_cannot_end(path):
+            raise
+    for mount in mounts:
+        detach(mount.mountpoint)
     deadline = time.monotonic() + END_SECONDS
     while True:
         try:

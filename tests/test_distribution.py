@@ -85,7 +85,7 @@ def test_the_wheel_holds_the_code_and_what_goes_beside_it(built: Distribution) -
     beside = {
         f"share/castore/{name.removeprefix('docs/')}"
         for name in built.tracked
-        if name.startswith(("docs/systemd/", "docs/replication/"))
+        if name.startswith(("docs/autofs/", "docs/jobs/", "docs/replication/", "docs/systemd/"))
     }
     beside.add("share/man/man1/castore.1")
     assert {name.removeprefix(data) for name in names if name.startswith(data)} == beside

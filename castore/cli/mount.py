@@ -132,7 +132,7 @@ def start_in_background(arguments: list[str], log_path: Path, wait_seconds: floa
     """Start a daemon detached from this terminal, its output appended to `log_path`, and return its process id.
 
     `--ready-fd N` is added to its arguments: into that pipe it writes one line, `{"ready": true, "pid": N}` or
-    `{"error": "..."}`. Raises StateError when it reports an error, ends before, or is not ready in time; then it no
+    `{"error": "..."}`. It leaves this session by itself, once it is mounted. Raises StateError when it reports an error, ends before, or is not ready in time; then it no
     longer runs.
     """
     log_path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -145,7 +145,6 @@ def start_in_background(arguments: list[str], log_path: Path, wait_seconds: floa
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,
                 pass_fds=(ready_write,),
             )
         finally:

@@ -24,7 +24,7 @@ kind = os.environ["BAD_DAEMON"]
 if kind == "arguments":
     print(json.dumps(sys.argv[1:]))
     sys.exit(7)
-Path(os.environ["BAD_DAEMON_PID"]).write_text(f"{os.getpid()} {os.getsid(0)}\\n")
+Path(os.environ["BAD_DAEMON_PID"]).write_text(f"{os.getpid()}\\n")
 ready = int(sys.argv[sys.argv.index("--ready-fd") + 1])
 if kind == "error":
     print("a line for the log", flush=True)
@@ -131,12 +131,6 @@ def test_the_log_is_private_and_grows(bad: BadDaemon) -> None:
     assert stat.S_IMODE(bad.log.parent.stat().st_mode) == 0o700
 
 
-def test_the_background_has_a_session_of_its_own(bad: BadDaemon) -> None:
-    bad.cli.error("mount", bad.mnt, "--background", env=bad.environ("error"))
-    pid, session = bad.pid_file.read_text().split()
-    assert pid == session
-
-
 def test_the_foreground_is_the_daemon_itself(bad: BadDaemon) -> None:
     """Its arguments, its output and its exit code."""
     environ = bad.environ("arguments")
@@ -186,6 +180,7 @@ def test_the_real_daemon(cli: Cli, tmp_path: Path) -> None:
         assert there.state_dir == store.state
         store.pid = int(done.stdout.removeprefix(f"mounted {cli.home}/../mnt (pid ").removesuffix(")\n"))
         assert os.path.samefile(f"/proc/{store.pid}/exe", sys.executable)
+        assert os.getsid(store.pid) == store.pid, "no terminal's"
         assert done.stderr == ""
         # A second one is refused, and the first one lives on.
         other = tmp_path / "other"

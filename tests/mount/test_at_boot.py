@@ -1,4 +1,4 @@
-"""What starts at boot: the units that are shipped, and what mount(8) runs for a line of fstab."""
+"""What starts at boot or at a first look: the units and the autofs map that are shipped, and a line of fstab."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tests.mount.store import WAIT_SECONDS, MountedStore, run_tool, wait_until
 
 ROOT: Final = Path(__file__).parents[2]
 UNITS: Final = ROOT / "docs/systemd"
+AUTOFS: Final = ROOT / "docs/autofs"
 HELPER: Final = Path("/sbin/mount.castore")
 """Where mount(8) looks for what mounts the type."""
 
@@ -143,6 +144,26 @@ def test_as_a_line_of_fstab(make_store: Callable[..., MountedStore], helper: Pat
     wait_until(lambda: not (store.state / "run/control.sock").exists(), "the daemon has ended")
 
 
+def test_mounted_again_at_once(make_store: Callable[..., MountedStore], helper: Path) -> None:
+    """umount(8) does not wait for the daemon; the next one waits for its end, for as long as END_SECONDS."""
+    store = make_store()
+    mount = ("mount", "-t", "castore", store.config, store.mnt)
+    run_tool(*mount)
+    (store.ingest("kept/1") / "file").write_bytes(b"staged")
+    pid = store.status()["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    run_tool("fusermount3", "-uz", store.mnt)  # umount(8) waits for an answer of the daemon
+    refused = subprocess.run(mount, capture_output=True, text=True, check=False)
+    os.kill(pid, signal.SIGCONT)
+    assert (refused.returncode, refused.stderr.count("\n")) == (32, 1)
+    assert f"another daemon (pid {pid}) writes there" in refused.stderr
+    run_tool(*mount)
+    try:
+        assert (store.publish("kept/1") / "file").read_bytes() == b"staged"
+    finally:
+        run_tool("umount", store.mnt)
+
+
 def test_read_only(store: MountedStore, helper: Path, tmp_path: Path) -> None:
     """A second mount, by a line that says ro."""
     (store.ingest("kept/1") / "file").write_bytes(b"published")
@@ -184,3 +205,56 @@ def test_an_option_that_is_none(make_store: Callable[..., MountedStore], helper:
     assert done.returncode == 32
     assert "-o strange: unknown mount option" in done.stderr
     assert mount_at(store.mnt) is None
+
+
+# autofs
+
+
+@contextmanager
+def automounted(tmp_path: Path) -> Iterator[Path]:
+    """The folder that a real automount serves by the map and the line of auto.master that are shipped."""
+    folder, name_map = tmp_path / "auto", tmp_path / "auto.castore"
+    name_map.write_text((AUTOFS / "auto.castore").read_text().replace("/etc/castore/", f"{tmp_path}/"))
+    line = (AUTOFS / "castore.autofs").read_text()
+    for shipped, here in (("/mnt/castore", folder), ("/etc/auto.castore", name_map), ("=600", "=1")):
+        assert line.count(shipped) == 1
+        line = line.replace(shipped, str(here))
+    (tmp_path / "auto.master").write_text(line)
+    command: list[str | Path] = [
+        "automount",
+        "--foreground",
+        "--verbose",
+        "--dont-check-daemon",
+        "--pid-file",
+        tmp_path / "pid",
+    ]
+    with (tmp_path / "log").open("wb") as log:
+        # A group of its own: to the processes of its group the kernel shows the folder as it is.
+        command.append(tmp_path / "auto.master")
+        with subprocess.Popen(command, stdout=log, stderr=log, process_group=0) as daemon:
+            try:
+                wait_until(lambda: mount_at(folder) or daemon.poll() is not None, "autofs watches the folder")
+                assert daemon.poll() is None, (tmp_path / "log").read_text()
+                yield folder
+            finally:
+                daemon.terminate()
+                daemon.wait(WAIT_SECONDS)
+    assert mount_at(folder) is None
+
+
+def test_an_autofs_map(store: MountedStore, helper: Path, tmp_path: Path) -> None:
+    """Mounted at the first look, beside the writing mount, unmounted when it is not used, and mounted again."""
+    (store.ingest("kept/1") / "file").write_bytes(b"published")
+    store.publish("kept/1")
+    (tmp_path / "artifacts.toml").symlink_to(store.config)
+    with automounted(tmp_path) as folder:
+        place = folder / "artifacts"
+        assert list(folder.iterdir()) == []
+        assert (place / "packages/kept/1/file").read_bytes() == b"published"
+        there = mount_at(place)
+        assert there is not None
+        assert (there.state_dir, there.read_only) == (store.state, True)
+        assert not (folder / "absent").exists()
+        wait_until(lambda: mount_at(place) is None, "it has expired")
+        assert (place / "packages/kept/1/file").read_bytes() == b"published"
+    assert mount_at(store.mnt) is not None
