@@ -132,8 +132,8 @@ def start_in_background(arguments: list[str], log_path: Path, wait_seconds: floa
     """Start a daemon detached from this terminal, its output appended to `log_path`, and return its process id.
 
     `--ready-fd N` is added to its arguments: into that pipe it writes one line, `{"ready": true, "pid": N}` or
-    `{"error": "..."}`. It leaves this session by itself, once it is mounted. Raises StateError when it reports an error, ends before, or is not ready in time; then it no
-    longer runs.
+    `{"error": "..."}`. It leaves this session by itself, once it is mounted. Raises StateError when it reports an
+    error, ends before, or is not ready in time; then it no longer runs.
     """
     log_path.parent.mkdir(mode=0o700, exist_ok=True)
     ready_read, ready_write = os.pipe()

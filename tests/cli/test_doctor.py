@@ -19,6 +19,7 @@ from castore.mountinfo import mount_at
 from castore.storage.spi import BackendHealth
 from tests.cli.conftest import Cli
 from tests.mount.store import MountedStore, run_tool
+from tests.namespaces import with_mounts_of_its_own
 from tests.servers.seaweedfs import SeaweedFS
 
 CONFIG = """[store]
@@ -50,7 +51,7 @@ def within(cli: Cli, script: str, code: int, **environ: str) -> dict[str, dict[s
     """What the doctor sees in namespaces of its own, where `script` has changed something first."""
     command = shlex.join([*cli.command, "doctor", "--json"])
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-euc", f"{script} {command}"],
+        with_mounts_of_its_own(f"{script} {command}"),
         cwd=cli.home,
         env={**cli.environ, **environ},
         capture_output=True,
@@ -116,9 +117,7 @@ def test_sharing_a_mount(made: Cli, tmp_path: Path, line: str, status: str) -> N
     (tmp_path / "fuse.conf").write_text(f"{line}\n")
     command = shlex.join([*made.command, "doctor", "--json"])
     script = f"mount --bind {tmp_path}/fuse.conf /etc/fuse.conf; exec unshare --user {command}"
-    done = subprocess.run(
-        ["unshare", "--mount", "sh", "-euc", script], env=made.environ, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(with_mounts_of_its_own(script), env=made.environ, capture_output=True, text=True, check=False)
     assert seen(done.stdout)["allow_other"]["status"] == status, done.stderr
 
 

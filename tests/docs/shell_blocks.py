@@ -15,15 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from tests.namespaces import PRIVATE, UNSHARE
+
 ROOT: Final = Path(__file__).resolve().parents[2]
 WAIT_SECONDS: Final = 600.0
 _BLOCK: Final = re.compile(r"^```(sh|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _END: Final = "\x1e"
 """Printed after each block, so that what it said is known."""
-# Code and Python are seen at paths that everybody can reach; in a chroot `/` is no mount, and is private already. The
-# device is for everybody, as Debian's udev makes it.
-_ENTER: Final = """\
-mount --make-rprivate / 2>/dev/null || :
+# Code and Python are seen at paths that everybody can reach. The device is for everybody, as Debian's udev makes it.
+_ENTER: Final = (
+    PRIVATE
+    + """\
 mount --bind "$1" "$2"
 mount --bind "$3" "$4"
 [ "$(stat -c %a /dev/fuse)" = 666 ] || { mknod -m 666 "$5/fuse" c 10 229; mount --bind "$5/fuse" /dev/fuse; }
@@ -31,6 +33,7 @@ cd "$6"
 shift 6
 exec "$@"
 """
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +93,13 @@ class Reader:
             "LD_LIBRARY_PATH": str(python / "lib"),
             **(self.environ or {}),
         }
-        namespaces = ["--mount", "--propagation", "unchanged", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        namespaces = [*UNSHARE, "--pid", "--fork", "--kill-child", "--mount-proc"]
         user = ["setpriv", "--reuid", str(self.uid), "--regid", str(self.uid), "--clear-groups"] if self.uid else []
         shell = ["bash", "-euo", "pipefail", str(script)]
         seen = [*map(str, (ROOT, code, sys.base_prefix, python, self.folder))]
         entered = ["sh", "-euc", _ENTER, "sh", *seen, str(cwd or self.home), *user, *shell]
         done = subprocess.run(
-            ["unshare", *namespaces, *entered],
+            [*namespaces, *entered],
             env=environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

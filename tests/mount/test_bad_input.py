@@ -15,6 +15,7 @@ import pytest
 
 from castore.mountinfo import mount_at
 from tests.mount.store import WAIT_SECONDS, MountedStore, run_tool
+from tests.namespaces import with_mounts_of_its_own
 
 MODES = ((), ("--background",))
 
@@ -121,7 +122,7 @@ def test_a_device_that_cannot_be_used(make_store: Callable[..., MountedStore], m
     store = make_store()
     command = [sys.executable, "-m", "castore.cli", "--config", str(store.config), "mount", str(store.mnt), *mode]
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-euc", 'mount --bind /dev/null /dev/fuse; exec "$@"', "sh", *command],
+        with_mounts_of_its_own('mount --bind /dev/null /dev/fuse; exec "$@"', *command),
         capture_output=True,
         text=True,
         timeout=WAIT_SECONDS,
