@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.mounts import WORKS, medians_of, ratio_of
+from tests.bench.mounts import WORKS, make_files, make_new, medians_of, ratio_of
 from tests.bench.mounts_chart import CHART, DOCUMENT, chart, figures, with_table
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +52,17 @@ def test_what_is_unknown(tmp_path: Path, option: tuple[str, str]) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"unknown: {option[1]}" in done.stderr
+
+
+def test_what_is_put_is_new_each_time(tmp_path: Path) -> None:
+    source = make_files(tmp_path, large_mib=1, small=3)
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    before = [path.read_bytes() for path in files]
+    make_new(source)
+    after = [path.read_bytes() for path in files]
+    assert len(files) == 4
+    assert [len(each) for each in after] == [len(each) for each in before]
+    assert not set(before) & set(after)
 
 
 def test_ratios() -> None:
