@@ -36,6 +36,7 @@ POINTS: Final = {
     "publish.unlinked": "the version is gone from ingest/",
     "publish.forgetting": "some of its staged bytes are gone",
     "publish.forgotten": "the workspace knows nothing of it any more, the kernel is not answered",
+    "deletion.taken_over": "a put has its intent in the place of the mark of a collection that died, nothing is sent",
     "events.sent": "a sink has taken events, the catalog does not know",
 }
 """Every point, in the order in which a small package meets them, and what is so at that moment."""

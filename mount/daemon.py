@@ -121,9 +121,7 @@ class Daemon:
                 )
             open_reader(store.catalog_path).close()
         if "ro" not in self._options or self._follower is not None:
-            self._lock = mountpoint.take_lock(
-                store.run_dir / "lock", state_dir, read_only=self._follower is not None
-            )
+            self._lock = mountpoint.take_lock(store.run_dir / "lock", state_dir, read_only=self._follower is not None)
         try:
             self._path = mountpoint.prepare(self._path, state_dir, is_writer=self._lock is not None)
             if self._follower is not None:

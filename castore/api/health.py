@@ -10,7 +10,7 @@ Its form is that of `application/health+json` (draft-inadarei-api-health-check-0
   nobody changes or publishes; whatever the backends warn of; something castore
   relies on that a backend's last probe did not find; a followed catalog that was last known to be the newest over
   FOLLOWED_SECONDS ago, or whose successor is refused; events that wait to be delivered for over EVENTS_BEHIND_SECONDS,
-  or expired before they could be.
+  or expired before they could be; a writing mount that does not answer.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import trio
 
 from castore import __version__
 from castore.api.probes import BackendProbes, Probe
+from castore.api.queue_report import MountQueue, MountSaid, Queue
 from castore.catalog.condition import ConditionReader, FailedLocations
 from castore.catalog.delivery import Delivery, DeliveryReader, Waiting
 from castore.catalog.records import StoredProbe
@@ -80,6 +81,18 @@ def queue_state(ingest: Ingest) -> QueueState:
     )
 
 
+def _state_of(queue: Queue) -> QueueState:
+    """Of another process."""
+    files = {state: file_count for state, file_count, _ in queue.states}
+    return QueueState(
+        staged_bytes=queue.staged_bytes,
+        staging_max_bytes=queue.staging_max_bytes,
+        waiting_files=sum(count for state, count in files.items() if state not in ("stored", "failed")),
+        failed_files=files.get("failed", 0),
+        expired=queue.expired,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Facts:
     catalog_id: str
@@ -95,7 +108,8 @@ class _Facts:
 
 
 class HealthDocument:
-    """Makes the document. `queue` says what is staged, None when there is no ingest; `run` of `probes` must be running.
+    """Makes the document. `queue` says what is staged, None when there is no ingest, and `mount` is asked instead where
+    another process may have that; `run` of `probes` must be running.
 
     `notices` are further things to warn of, set by whoever knows them.
     """
@@ -106,6 +120,7 @@ class HealthDocument:
         catalog_path: Path,
         probes: BackendProbes,
         queue: Callable[[], QueueState | None] = lambda: None,
+        mount: MountQueue | None = None,
         events: EventSettings | None = None,
         followed: Callable[[], FollowedState] | None = None,
         restore_within_seconds: float = 0,
@@ -117,6 +132,7 @@ class HealthDocument:
         self._catalog_path = catalog_path
         self._probes = probes
         self._queue = queue
+        self._mount = mount
         self._turn = trio.Lock()
         self._made: tuple[float, dict[str, Any]] | None = None
 
@@ -154,6 +170,10 @@ class HealthDocument:
         if self._followed is not None:
             checks["catalog:followedAge"] = [_followed_check(self._followed(), self._restore_within_seconds)]
         queue = self._queue()
+        if self._mount is not None:
+            said = await self._mount.latest()
+            checks["mount:running"] = [_mount_check(said)]
+            queue = None if said.queue is None else _state_of(said.queue)
         if queue is not None:
             checks["staging:utilization"] = [_staging_check(queue)]
             checks["queue:waiting"] = [_check("pass", queue.waiting_files, "files")]
@@ -315,6 +335,12 @@ def _followed_check(followed: FollowedState, restore_within_seconds: float) -> d
         status = "fail"
         said.append("what was deleted since may be gone, and its reads fail")
     return _check(status, round(followed.age_seconds, 1), "seconds", output="; ".join(said), componentType="datastore")
+
+
+def _mount_check(said: MountSaid) -> dict[str, Any]:
+    """Whether a mount of this store is there. None is no fault: packages can be looked after without one."""
+    is_there = bool(said.mountpoint or said.problem)
+    return _check("warn" if said.problem else "pass", int(is_there), "mounts", output=said.problem)
 
 
 def _staging_check(queue: QueueState) -> dict[str, Any]:

@@ -15,15 +15,14 @@ from castore import __version__
 from castore.api.counts import COVERAGE_DAYS, Counts
 from castore.api.metric_families import Families
 from castore.api.probes import Probe
+from castore.api.queue_report import Queue, queue_of
 from castore.api.sources import Sources
-from castore.api.status import states_of
 from castore.catalog.records import FailureReason
 from castore.errors import StorageError
 from castore.storage.measured import kind_of
 
 if TYPE_CHECKING:
     from castore.blobs.reader import BlobReader
-    from castore.ingest.service import Ingest
 
 BACKENDS_MAX: Final = 100
 """Backends with a label of their own, each some 150 time series. Further ones share the label OTHERS."""
@@ -57,7 +56,15 @@ class Metrics:
             _add_reads(families, self._sources.blobs)
             _add_cache(families, self._sources.blobs)
         if self._sources.ingest is not None:
-            _add_queue(families, self._sources.ingest)
+            _add_queue(families, queue_of(self._sources.ingest))
+        said = None if self._sources.mount is None else await self._sources.mount.latest()
+        families.gauge(
+            "castore_other_mount",
+            "Of castore serve: 1 when the daemon that writes to its store answers.",
+            [] if said is None else [((), bool(said.mountpoint))],
+        )
+        if said is not None and said.queue is not None and not said.http_url:  # else its own metrics have it
+            _add_queue(families, said.queue)
         return families.text()
 
     def _label(self, backend_id: str) -> str:
@@ -298,22 +305,21 @@ def _add_cache(families: Families, blobs: BlobReader) -> None:
     )
 
 
-def _add_queue(families: Families, ingest: Ingest) -> None:
-    states = states_of(ingest)
+def _add_queue(families: Families, queue: Queue) -> None:
     families.gauge(
         "castore_queue_files",
         "Files in ingest/ by state.",
-        [((state,), file_count) for state, file_count, _ in states],
+        [((state,), file_count) for state, file_count, _ in queue.states],
         ["state"],
     )
     families.gauge(
         "castore_queue_bytes",
         "Their bytes.",
-        [((state,), size_bytes) for state, _, size_bytes in states],
+        [((state,), size_bytes) for state, _, size_bytes in queue.states],
         ["state"],
     )
-    families.gauge("castore_staged_bytes", "Bytes staged on disk.", ingest.files.staged_bytes)
-    families.gauge("castore_staging_max_bytes", "What may be staged.", ingest.files.max_bytes)
+    families.gauge("castore_staged_bytes", "Bytes staged on disk.", queue.staged_bytes)
+    families.gauge("castore_staging_max_bytes", "What may be staged.", queue.staging_max_bytes)
     families.gauge(
-        "castore_expired_versions", "Versions in ingest/ that nobody changes or publishes.", len(ingest.expiry.expired)
+        "castore_expired_versions", "Versions in ingest/ that nobody changes or publishes.", len(queue.expired)
     )

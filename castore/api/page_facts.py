@@ -12,12 +12,11 @@ import trio
 
 from castore.api.counts import Counts
 from castore.api.probes import Probe
+from castore.api.queue_report import MountSaid, Queue, queue_of
 from castore.api.sources import Sources
-from castore.api.status import states_of
 from castore.catalog.event_log import StoredEvent
 from castore.catalog.overview import FailedLocation, OverviewReader, PublishedPackage
 from castore.errors import StateError
-from castore.ingest.rate import Rate
 
 PACKAGES_SHOWN: Final = 20
 """Packages on the page: those published last. `castore package list` names all."""
@@ -29,34 +28,6 @@ EVENTS_SHOWN: Final = 20
 """Rows of events on the page: the last ones. /v1/events gives all."""
 EVENTS_LOOKED_AT: Final = 500
 """Events that these rows are made of: a scrub makes one for each object, and they share a row."""
-VERSIONS_SHOWN: Final = 20
-"""Versions in ingest/ on the page. `castore status` names all."""
-
-
-@dataclass(frozen=True, slots=True)
-class StagedVersion:
-    """A version in ingest/, how much of it is stored, and why it could not be published."""
-
-    ref: str
-    stored_files: int
-    total_files: int
-    stored_bytes: int
-    total_bytes: int
-    error: str
-
-
-@dataclass(frozen=True, slots=True)
-class Queue:
-    """What waits to be stored."""
-
-    states: tuple[tuple[str, int, int], ...]
-    """(state, files, bytes)"""
-    rate: Rate
-    eta_s: float | None
-    staged_bytes: int
-    staging_max_bytes: int
-    versions: tuple[StagedVersion, ...]
-    version_count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +42,7 @@ class Rows:
 @dataclass(frozen=True, slots=True)
 class PageFacts:
     """All that the page says. Without `rows` the catalog cannot be read, and `health` says why; without `counts` alone
-    it is being counted for the first time.
+    it is being counted for the first time. `mount` is what another process said, of whom the queue is then.
     """
 
     made_at_ns: int
@@ -80,6 +51,7 @@ class PageFacts:
     counts: Counts | None
     rows: Rows | None
     queue: Queue | None
+    mount: MountSaid | None
 
 
 async def gather(sources: Sources) -> PageFacts:
@@ -90,7 +62,11 @@ async def gather(sources: Sources) -> PageFacts:
     with suppress(StateError):  # health says why
         rows = await trio.to_thread.run_sync(_look, sources.catalog_path)
     counts = None if rows is None else await sources.counts.soon()
-    return PageFacts(time.time_ns(), health, probes, counts, rows, _queue(sources))
+    mount = None if sources.mount is None else await sources.mount.latest()
+    queue = None if sources.ingest is None else queue_of(sources.ingest)
+    if mount is not None:
+        queue = mount.queue
+    return PageFacts(time.time_ns(), health, probes, counts, rows, queue, mount)
 
 
 def _look(path: Path) -> Rows:
@@ -100,32 +76,3 @@ def _look(path: Path) -> Rows:
             packages=reader.newest_packages(PACKAGES_SHOWN),
             events=reader.newest_events(EVENTS_LOOKED_AT),
         )
-
-
-def _queue(sources: Sources) -> Queue | None:
-    ingest = sources.ingest
-    if ingest is None:
-        return None
-    versions = ingest.store.versions()
-    shown = []
-    for name, version, inode in versions[:VERSIONS_SHOWN]:
-        progress = ingest.publisher.progress(inode)
-        shown.append(
-            StagedVersion(
-                ref=f"{name}/{version}",
-                stored_files=progress.stored_files,
-                total_files=progress.total_files,
-                stored_bytes=progress.stored_bytes,
-                total_bytes=progress.total_bytes,
-                error=ingest.store.error(inode),
-            )
-        )
-    return Queue(
-        states=tuple(states_of(ingest)),
-        rate=ingest.uploader.rate.rate(),
-        eta_s=ingest.eta_seconds(),
-        staged_bytes=ingest.files.staged_bytes,
-        staging_max_bytes=ingest.files.max_bytes,
-        versions=tuple(shown),
-        version_count=len(versions),
-    )

@@ -10,6 +10,7 @@ from typing import Final
 from castore.api.markup import Child, Markup, join, tag
 from castore.api.page_facts import EVENTS_SHOWN, PageFacts
 from castore.api.page_parts import bar, command, empty, figures, instant, more, ref_and_path, section, table
+from castore.api.queue_report import MountSaid
 from castore.api.sources import Sources
 from castore.catalog.event_log import StoredEvent
 from castore.catalog.overview import BackendCoverage, FailedLocation
@@ -156,8 +157,9 @@ def queue(facts: PageFacts) -> Markup:
     """What is in ingest/, and how fast it becomes stored."""
     waiting = facts.queue
     if waiting is None:
-        return section("queue", "Queue", empty("This program has no writing mount, and so no queue."))
-    left = [f"{waiting.rate.files_per_s:,.1f} files/s, {format_bytes(int(waiting.rate.bytes_per_s))}/s"]
+        return section("queue", "Queue", empty(_no_queue(facts.mount)))
+    left = [f"of the mount at {facts.mount.mountpoint}"] if facts.mount is not None else []
+    left += [f"{waiting.rate.files_per_s:,.1f} files/s, {format_bytes(int(waiting.rate.bytes_per_s))}/s"]
     if waiting.eta_s:
         left.append(f"about {format_seconds(waiting.eta_s)} left")
     left.append(f"{format_bytes(waiting.staged_bytes)} of {format_bytes(waiting.staging_max_bytes)} staged")
@@ -184,6 +186,14 @@ def queue(facts: PageFacts) -> Markup:
         versions if waiting.versions else None,
         more(waiting.version_count - len(waiting.versions), command("castore status")),
     )
+
+
+def _no_queue(mount: MountSaid | None) -> str:
+    if mount is None or mount.mountpoint:
+        return "This program has no writing mount, and so no queue."
+    if mount.problem:
+        return f"It is not known: {mount.problem}."
+    return "No writing mount of this store runs, so nothing comes in. What is staged waits for the next one."
 
 
 def packages(facts: PageFacts) -> Markup:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from castore.api.counts import CatalogCounts
 from castore.api.health import HealthDocument
 from castore.api.probes import BackendProbes
+from castore.api.queue_report import MountQueue
 from castore.storage.measured import CallStats
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """The parts of a daemon, or of `castore serve`, which has no mount and no queue."""
+    """The parts of a daemon, or of `castore serve`, which has no mount and no queue of its own."""
 
     catalog_path: Path
     health: HealthDocument
@@ -33,6 +34,8 @@ class Sources:
     """What was asked of each backend."""
     blobs: BlobReader | None = None
     ingest: Ingest | None = None
+    mount: MountQueue | None = None
+    """The daemon that may write to the same store, where this program is none."""
     followed: Callable[[], FollowedState] | None = None
     """How the catalog is, where it follows that of another host."""
     mountpoint: str = ""

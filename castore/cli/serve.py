@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 def command(session: Session, listen: str | None, as_json: bool) -> None:
     """Answer health checks and give out events over HTTP, without a mount, until told to end.
 
+    The queue is that of the mount of the same store, when one runs.
+
     Example: castore serve
     """
     import trio
@@ -47,6 +49,7 @@ async def _serve(config: Config, http: HttpSettings, as_json: bool) -> None:
     from castore.api.http_api import HttpApi
     from castore.api.http_server import open_listener, serve_http, url_of
     from castore.api.probes import BackendProbes
+    from castore.api.queue_report import MountQueue
     from castore.api.sources import Sources
     from castore.storage.measured import CallStats
     from castore.storage.open import open_backend
@@ -59,13 +62,17 @@ async def _serve(config: Config, http: HttpSettings, as_json: bool) -> None:
         }
         probes = BackendProbes(backends)
         counts = CatalogCounts(config.store.catalog_path)
+        mount = MountQueue(config.store.control_path)
         sources = Sources(
             catalog_path=config.store.catalog_path,
-            health=HealthDocument(catalog_path=config.store.catalog_path, probes=probes, events=config.events),
+            health=HealthDocument(
+                catalog_path=config.store.catalog_path, probes=probes, events=config.events, mount=mount
+            ),
             probes=probes,
             counts=counts,
             backend_types={backend_id: settings.backend_type for backend_id, settings in config.backends.items()},
             calls=calls,
+            mount=mount,
         )
         api = HttpApi(sources)
         try:

@@ -285,9 +285,9 @@ class Uploader:
         return SourceChanged("the file was changed or removed while it was put")
 
     async def _wait_deleted(self, digest: Digest, backend_id: str) -> None:
-        """Until garbage collection has deleted the object; then there is an intent.
+        """Until garbage collection has deleted the object, or died; then there is an intent.
 
-        Raises DeletionUnderWay when that takes long, StorageError and StateError.
+        Raises DeletionUnderWay when that takes long, and StateError.
         """
         end = trio.current_time() + DELETION_SECONDS
         while True:
@@ -298,8 +298,10 @@ class Uploader:
             except DeletionUnderWay:
                 if trio.current_time() > end:
                     raise
-            if not await take_over(self._writer, self._backends[backend_id], digest, self._gc_lock):
-                await trio.sleep(DELETION_POLL_SECONDS)
+            backend = self._backends[backend_id]
+            if await take_over(self._writer, backend, digest, self._gc_lock, owner=self._owner):
+                return
+            await trio.sleep(DELETION_POLL_SECONDS)
 
     # commit
 

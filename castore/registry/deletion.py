@@ -1,7 +1,7 @@
 """The rules of deleting: packages that are hidden, restored and purged; objects that are gone. And whose turn it is.
 
-Each change and its event are one transaction. Objects are deleted by `castore.verify.collect`, or, what a collection
-that died has marked, by whoever wants to put it again.
+Each change and its event are one transaction. Objects are deleted by `castore.verify.collect` alone; what a collection
+that died has marked goes to whoever puts it again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from castore.catalog.writer import CatalogWriter, Transaction
 from castore.digest import BlobSummary, Digest
 from castore.errors import AlreadyExists, NotFound, PackageExists
 from castore.events import LOCATION_DELETED, PACKAGE_DELETED, PACKAGE_PURGED, PACKAGE_RESTORED, Event
+from castore.failpoint import failpoint
 from castore.storage.spi import StorageBackend
 
 SEND_SECONDS: Final = 30.0
@@ -129,20 +130,26 @@ def is_over(backend: StorageBackend, begun_at_ns: int) -> bool:
     return backend.backend_type == "local" or time.time_ns() - begun_at_ns > STRAY_SECONDS * 1e9
 
 
-async def take_over(writer: CatalogWriter, backend: StorageBackend, digest: Digest, lock: Path) -> bool:
-    """End the deletion of a digest that a dead collection marked; whether there is none any more.
+async def take_over(writer: CatalogWriter, backend: StorageBackend, digest: Digest, lock: Path, *, owner: str) -> bool:
+    """Have a put, of the process `owner`, instead of the deletion of a digest that a dead collection marked.
 
-    False while a living one is at it, or what a dead one sent may still be under way. Raises StorageError, StateError.
+    Nothing is deleted: the put replaces what is left of the object, which may be all of it. In one transaction the mark
+    goes and the put's intent comes. False while a living collection is at it, or what a dead one sent may still be
+    under way. Raises StateError.
     """
-    with gc_turn(lock) as is_ours:
-        if not is_ours:
-            return False
-        found = await writer.run(lambda transaction: collecting.marked_since(transaction, digest, backend.backend_id))
-        if found is None:
-            return True
-        doomed, begun_at_ns = found
-        if not is_over(backend, begun_at_ns):
-            return False
-        await backend.delete(digest)
-        await writer.run(lambda transaction: record_gone(transaction, doomed))
+
+    def work(transaction: Transaction) -> bool:
+        found = collecting.marked_since(transaction, digest, backend.backend_id)
+        if found is not None:
+            doomed, begun_at_ns = found
+            if not is_over(backend, begun_at_ns):
+                return False
+            collecting.forget_object(transaction, doomed)
+        transaction.add_intents([(digest, backend.backend_id)], owner=owner)
         return True
+
+    with gc_turn(lock) as is_ours:
+        is_done = is_ours and await writer.run(work)
+    if is_done:
+        failpoint("deletion.taken_over")
+    return is_done

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,8 +19,9 @@ import pytest
 import trio
 
 from castore import __version__
+from tests.api.exposition import samples
 from tests.cli.conftest import WAIT_SECONDS, Cli
-from tests.mount.store import wait_until
+from tests.mount.store import MountedStore, wait_until
 from tests.places import Place
 from tests.published import PublishedStore
 
@@ -85,6 +88,53 @@ def test_health_follows_the_backends(cli: Cli, store: PublishedStore) -> None:
             wait_until(lambda: get(f"{url}/health")[0] == 503, "the health fails")
             assert get(f"{url}/readyz")[0] == 200
         wait_until(lambda: get(f"{url}/health")[0] == 200, "the health is good again")
+
+
+def read(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=WAIT_SECONDS) as answer:
+        return str(answer.read().decode())
+
+
+def test_the_queue_is_that_of_the_mount(cli: Cli, tmp_path: Path) -> None:
+    """As the daemon says it; that none runs, or that it does not answer, is said too.
+
+    The mount finds its address taken and goes on without: what it cannot tell is told here.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    store = MountedStore(tmp_path, port=port)
+    cli.environ["CASTORE_CONFIG"] = str(store.config)
+    waiting = 'castore_queue_files{state="receiving"}'
+    with serving(cli) as url:
+        assert "No writing mount of this store runs, so nothing comes in." in read(url)
+        metrics = samples(read(f"{url}/metrics"))
+        assert (metrics["castore_other_mount"], waiting in metrics) == (0, False)
+        assert get(f"{url}/health")[1]["checks"]["mount:running"][0]["observedValue"] == 0
+        try:
+            store.mount()
+            with (store.ingest("demo/1") / "file").open("wb") as file:
+                file.write(b"half a file")
+                file.flush()
+                wait_until(lambda: samples(read(f"{url}/metrics")).get(waiting) == 1, "a file is being written")
+                assert samples(read(f"{url}/metrics"))["castore_other_mount"] == 1
+                page = read(url)
+                assert f"of the mount at {store.mnt}" in page
+                assert re.search(r"demo/1</span>.*0 of 1", page)
+                checks = get(f"{url}/health")[1]["checks"]
+                assert (checks["mount:running"][0]["observedValue"], checks["queue:waiting"][0]["observedValue"]) == (
+                    1,
+                    1,
+                )
+            os.kill(store.pid, signal.SIGSTOP)
+            try:
+                wait_until(lambda: "It is not known: the daemon of" in read(url), "it is said that it hangs")
+                check = get(f"{url}/health")[1]["checks"]["mount:running"][0]
+                assert (check["status"], "does not answer in time" in check["output"]) == ("warn", True)
+            finally:
+                os.kill(store.pid, signal.SIGCONT)
+            wait_until(lambda: "of the mount at" in read(url), "it answers again")
+        finally:
+            store.close()
 
 
 def test_listen(cli: Cli, store: PublishedStore) -> None:

@@ -7,11 +7,13 @@ import fcntl
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 from castore.catalog.connection import open_writer
 from castore.digest import Digest
+from castore.failpoint import VARIABLE
 from castore.mountinfo import mount_at
 from tests.mount.gc_rounds import Rounds, run_rounds
 from tests.mount.store import MountedStore, fails, wait_until
@@ -147,6 +149,34 @@ def test_a_put_waits_for_the_end_of_a_deletion(store: MountedStore) -> None:
     package = store.publish("demo/2")
     assert (package / "file").read_bytes() == data
     assert digest.hex in objects(store)
+
+
+def test_a_put_that_dies_in_the_place_of_a_deletion(make_store: Callable[..., MountedStore]) -> None:
+    """The object is there all the time: an older catalog has marks of what newer packages need."""
+    store = make_store()
+    data = b"marked in an older catalog"
+    digest = Digest.of(data)
+    stored = store.objects / f"sha256/{digest.hex[:2]}/{digest.hex[2:4]}/{digest.hex}"
+    os.environ[VARIABLE] = "deletion.taken_over"
+    try:
+        store.mount()
+    finally:
+        del os.environ[VARIABLE]
+    publish(store, "demo/1", {"file": data})
+    its_blob = "(SELECT blob_id FROM blobs WHERE digest = ?)"
+    execute(store, f"UPDATE storage_locations SET status = 'deleting' WHERE blob_id = {its_blob}", digest.raw)
+    execute(store, "INSERT INTO deletions VALUES ('sha256', ?, 'local', ?, 0, 1)", digest.raw, len(data))
+    with (store.ingest("demo/2") / "file").open("wb") as file:
+        file.write(data)
+    wait_until(lambda: not Path(f"/proc/{store.pid}").exists(), "the daemon has ended")
+    store.pid = 0
+    assert stored.read_bytes() == data
+    assert execute(store, "SELECT * FROM deletions") == []
+    assert execute(store, "SELECT digest FROM put_intents") == [(digest.raw,)]
+    store.mount()
+    assert (store.publish("demo/2") / "file").read_bytes() == data
+    wait_until(lambda: execute(store, "SELECT * FROM put_intents") == [], "no intent is left")
+    assert stored.read_bytes() == data
 
 
 def test_deleted_by_another_process_on_a_read_only_mount(store: MountedStore, tmp_path: Path) -> None:

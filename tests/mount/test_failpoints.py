@@ -18,6 +18,8 @@ from tests.mount.store import MountedStore, wait_until
 SOURCE = Path(__file__).parents[2]
 DIED = {errno.ENOTCONN, errno.ECONNABORTED, errno.EIO}
 """What the kernel answers for a daemon that is gone: before, while, and from a page that it cannot fetch."""
+OF_OTHERS = ("import.", "deletion.", "events.")
+"""What a small package does not meet: `test_package_import`, `test_delete` and `test_event_delivery` do."""
 FILES = {"small": b"small", "dir/large": os.urandom(3_000_000), "dir/twin": b"small", "empty": b""}
 
 
@@ -69,7 +71,7 @@ def known(store: MountedStore, algorithm: str) -> set[str]:
     return {row[0].lower() for row in rows(store.state / "catalog.db", query)}
 
 
-@pytest.mark.parametrize("point", [point for point in POINTS if not point.startswith(("import.", "events."))])
+@pytest.mark.parametrize("point", [point for point in POINTS if not point.startswith(OF_OTHERS)])
 def test_dies_at(make_store: Callable[..., MountedStore], point: str) -> None:
     store = make_store()
     os.environ[VARIABLE] = point
