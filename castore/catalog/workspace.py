@@ -238,6 +238,14 @@ class WorkspaceStore:
                 return row[0], row[1]
         return None
 
+    def count_in_state(self, version_inode: int, state: str) -> int:
+        """How many linked files of a version are in a state; takes time by their number."""
+        row = self._execute(
+            "SELECT count(*) FROM nodes WHERE state = ? AND state <> '' AND version_inode = ? AND nlink > 0",
+            (state, version_inode),
+        ).fetchone()
+        return int(row[0])
+
     def versions_wanting(self, digest: Digest) -> list[int]:
         """The versions with files of that digest that are not stored yet; looks at all files that are not."""
         rows = self._execute(

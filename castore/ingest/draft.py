@@ -6,13 +6,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import trio
+
 from castore.catalog.records import Kind
 from castore.catalog.workspace import Node, WorkspaceStore
 from castore.digest import BlobSummary, Digest
+from castore.errors import NameTooLong
 from castore.events import PACKAGE_PUBLISHED, Event
 from castore.ingest.labels import Labels
 from castore.ingest.sums import check_sums
 from castore.registry.manifest import ManifestEntry, ManifestHeader, write_manifest
+from castore.registry.manifest_rules import PATH_BYTES_MAX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +34,10 @@ class Draft:
 
 
 def write_draft(path: Path, draft: Draft, workspace: Path, path_of: Callable[[int], Path]) -> BlobSummary:
-    """Check the version's lists of sums, then write its manifest to `path`. Blocking, with a connection of its own.
+    """Check the version's lists of sums, then write its manifest to `path`. With a connection of its own.
 
-    Raises SumsMismatch, StateError and OSError.
+    Blocking, for a thread of trio's: it ends with its task, since a tree may be deep and broad at once. Raises
+    SumsMismatch, NameTooLong, StateError and OSError.
     """
     store = WorkspaceStore(workspace, read_only=True)
     try:
@@ -49,26 +54,40 @@ def write_draft(path: Path, draft: Draft, workspace: Path, path_of: Callable[[in
             name_gid=draft.name_node.gid,
             name_mode=draft.name_node.mode & 0o777,
         )
-        return write_manifest(path, header, manifest_entries(store, draft.root.inode, draft.owner))
+        return write_manifest(path, header, _until_cancelled(manifest_entries(store, draft.root.inode, draft.owner)))
     finally:
         store.close()
+
+
+def _until_cancelled(entries: Iterator[ManifestEntry]) -> Iterator[ManifestEntry]:
+    for entry in entries:
+        trio.from_thread.check_cancelled()
+        yield entry
 
 
 def manifest_entries(
     store: WorkspaceStore, version_inode: int, owner: tuple[int, int] | None
 ) -> Iterator[ManifestEntry]:
-    """The entries of a version, parents before children; `owner` replaces each one's uid and gid."""
-    directories: dict[int, bytes] = {}
-    linked: dict[int, bytes] = {}
+    """The entries of a version, parents before children; `owner` replaces each one's uid and gid.
+
+    Of paths, which may be long, those of two levels of directories are in memory. Raises NameTooLong.
+    """
+    above: dict[int, bytes] = {}
+    here: dict[int, bytes] = {}
+    linked: dict[int, tuple[int, bytes]] = {}
     for _, parent, name, node in store.tree(version_inode):
-        above = directories.get(parent, b"")
-        path = b"" if node.inode == version_inode else above + b"/" + name if above else name
+        if parent not in above:
+            above, here = here, {}  # the first of its level
+        folder = above.get(parent, b"")
+        path = b"" if node.inode == version_inode else folder + b"/" + name if folder else name
+        if len(path) > PATH_BYTES_MAX:
+            raise NameTooLong(f"a path of more than {PATH_BYTES_MAX} bytes cannot be published")
         if node.kind is Kind.DIRECTORY:
-            directories[node.inode] = path
+            here[node.inode] = path
         elif node.nlink > 1:
-            first = linked.setdefault(node.inode, path)
-            if first != path:
-                yield ManifestEntry(path=path, kind=node.kind, link_to=first)
+            first = linked.setdefault(node.inode, (parent, name))
+            if first != (parent, name):
+                yield ManifestEntry(path=path, kind=node.kind, link_to=_path(store, version_inode, *first))
                 continue
         uid, gid = owner if owner is not None else (node.uid, node.gid)
         yield ManifestEntry(
@@ -82,6 +101,17 @@ def manifest_entries(
             target=node.target,
             attributes=store.attributes(node.inode),
         )
+
+
+def _path(store: WorkspaceStore, version_inode: int, parent: int, name: bytes) -> bytes:
+    """The path from the version on of a name in a directory of it."""
+    names = [name]
+    while parent != version_inode:
+        link = store.parent_of(parent)
+        assert link is not None, "it was found from its version on"
+        parent = link[0]
+        names.append(link[1])
+    return b"/".join(reversed(names))
 
 
 def published_event(draft: Draft, manifest: Digest, file_count: int, size_bytes: int) -> Event:

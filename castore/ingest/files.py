@@ -10,7 +10,6 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -303,7 +302,13 @@ class StagedFiles:
             self._close_if_unused(file)
 
         file.pending += 1
-        await self._hashes.put(lambda: hasher.update(data), done)
+        try:
+            await self._hashes.put(lambda: hasher.update(data), done)
+        except BaseException:
+            # The writer waited for too long, or the daemon ends: the digest is made from the disk.
+            file.pending -= 1
+            file.hasher = None
+            raise
 
     # digests
 
@@ -351,7 +356,13 @@ class StagedFiles:
 
         file.pending += 1
         file.summary_of_changes = changes
-        await self._hashes.put(lambda: result.append(hasher.finish()), done)
+        try:
+            await self._hashes.put(lambda: result.append(hasher.finish()), done)
+        except BaseException:
+            file.pending -= 1
+            file.summary_of_changes = -1
+            self.rehash(file.inode)
+            raise
 
     def rehash(self, inode: int) -> None:
         """Have the digest computed from the disk, unless someone begins to write before its turn."""
@@ -478,8 +489,13 @@ class StagedFiles:
         self._on_lost(inode)
 
     def _remove_bytes(self, inode: int, uid: int, size_bytes: int) -> None:
-        with suppress(FileNotFoundError):
+        try:
             os.unlink(self._place(inode))
+        except FileNotFoundError:
+            pass
+        except OSError as exc:
+            # The name is gone, whatever the disk says: nobody can do anything about it now.
+            log.warning("staged bytes %x stay until the next start: %s", inode, exc)
         self.room.take(uid, -size_bytes)
 
     def publish(self, nodes: Iterable[tuple[Node, BlobSummary | None]]) -> None:

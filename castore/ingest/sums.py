@@ -17,7 +17,9 @@ from castore.errors import SumsMismatch
 
 SUMS_FILES: Final = (b"SHA256SUMS", b"manifest-sha256.txt")
 SUMS_BYTES_MAX: Final = 256 * 1024 * 1024
-"""A longer list is refused: it is read into memory once."""
+"""A longer list is refused: it is read while the kernel holds locks for the publish."""
+LINE_BYTES_MAX: Final = 4 * 1024 * 1024
+"""A longer line is refused: a path of 1 MiB, each byte of it in escapes, and its digest."""
 
 LINKS_MAX: Final = 40
 """As many symbolic links as the kernel follows."""
@@ -35,7 +37,7 @@ def check_sums(store: WorkspaceStore, version_inode: int, path_of: Callable[[int
         if listing.size_bytes > SUMS_BYTES_MAX:
             raise SumsMismatch(f"{name.decode()}: larger than {SUMS_BYTES_MAX} bytes")
         bagit = name == SUMS_FILES[1]
-        for number, digest_hex, path in _parse(name.decode(), path_of(listing.inode).read_bytes(), bagit=bagit):
+        for number, digest_hex, path in _parse(name.decode(), path_of(listing.inode), bagit=bagit):
             shown = path.decode(errors="replace")
             node = _resolve(store, version_inode, path)
             if node is None or node.kind is not Kind.FILE:
@@ -45,9 +47,11 @@ def check_sums(store: WorkspaceStore, version_inode: int, path_of: Callable[[int
                 raise SumsMismatch(f"{name.decode()} line {number}: {shown!r} has other bytes than listed")
 
 
-def _parse(name: str, data: bytes, *, bagit: bool) -> Iterator[tuple[int, str, bytes]]:
-    for number, line in enumerate(data.split(b"\n"), 1):
-        line = line.removesuffix(b"\r")
+def _parse(name: str, listing: Path, *, bagit: bool) -> Iterator[tuple[int, str, bytes]]:
+    for number, line in enumerate(_lines(listing), 1):
+        if len(line) > LINE_BYTES_MAX:
+            raise SumsMismatch(f"{name} line {number}: longer than {LINE_BYTES_MAX} bytes")
+        line = line.removesuffix(b"\n").removesuffix(b"\r")
         if not line.strip() or line.startswith(b"#"):
             continue
         match = _LINE.fullmatch(line)
@@ -59,6 +63,13 @@ def _parse(name: str, data: bytes, *, bagit: bool) -> Iterator[tuple[int, str, b
         elif match[1]:
             path = re.sub(rb"\\[\\nr]", lambda found: _ESCAPES[found[0]], path)
         yield number, match[2].decode().lower(), path
+
+
+def _lines(listing: Path) -> Iterator[bytes]:
+    """One after the other, of at most one byte more than LINE_BYTES_MAX."""
+    with listing.open("rb") as file:
+        while line := file.readline(LINE_BYTES_MAX + 1):
+            yield line
 
 
 def _resolve(store: WorkspaceStore, version_inode: int, path: bytes) -> Node | None:

@@ -306,8 +306,8 @@ class IngestTree:
         self._store.delete_link(parent, name)
         if parent != INGEST_ROOT:
             self._store.touch(parent, now)
-        elif self._catalog.package_name(name.decode()) is None:
-            self._store.drop_names(name.decode())
+        else:
+            self._drop_unpublished(name.decode())
         if node.kind is not Kind.DIRECTORY and node.nlink > 1:
             self._store.update_node(node.inode, nlink=node.nlink - 1, ctime_ns=now)
         elif self._files.open_file(node.inode) is not None:
@@ -316,6 +316,11 @@ class IngestTree:
             self._store.delete_node(node.inode)
             return node if node.kind is Kind.FILE else None
         return None
+
+    def _drop_unpublished(self, name: str) -> None:
+        """A NAME is gone from ingest/: what was never published under it has no inodes in packages/ any more."""
+        if self._catalog.package_name(name) is None:
+            self._store.drop_names(name)
 
     def _remove_bytes(self, file: Node | None) -> None:
         if file is not None:
@@ -347,11 +352,16 @@ class IngestTree:
             if above is None:
                 self._name_inodes(new_name.decode())
             self._store.move_link(parent, name, new_parent, new_name)
+            if parent == INGEST_ROOT:
+                self._drop_unpublished(name.decode())
             for directory in {parent, new_parent} - {INGEST_ROOT}:
                 self._store.touch(directory, now)
             self._store.update_node(node.inode, ctime_ns=now)
             if crosses:
                 self._store.move_subtree(node.inode, version_inode)
+                if node.is_version:
+                    for label in (PRODUCER, RETENTION_CLASS):
+                        self._store.remove_attribute(node.inode, label)  # it is a version no longer
         self._remove_bytes(unneeded)
         if crosses:
             self._files.follow(node.version_inode)
@@ -413,16 +423,17 @@ class IngestTree:
             columns["mode"] = _kept_mode(mode, node.kind)
         if uid is not None:
             columns["uid"] = uid
-            if node.kind is Kind.FILE:
-                self._files.change_owner(node.inode, node.uid, uid, node.size_bytes)
         if gid is not None:
             columns["gid"] = gid
         if mtime_ns is not None:
             mtime_ns = columns["mtime_ns"] = max(-_TIME_MAX_NS, min(mtime_ns, _TIME_MAX_NS))
-            open_file = self._files.open_file(inode)
-            if open_file is not None:
-                open_file.set_mtime(mtime_ns)
         self._store.update_node(inode, **columns)
+        # What is known in memory follows the commit, and never goes ahead of it.
+        if uid is not None and node.kind is Kind.FILE:
+            self._files.change_owner(node.inode, node.uid, uid, node.size_bytes)
+        open_file = self._files.open_file(inode)
+        if mtime_ns is not None and open_file is not None:
+            open_file.set_mtime(mtime_ns)
         return self.get(inode)
 
     def readlink(self, inode: int) -> bytes:

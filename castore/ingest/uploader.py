@@ -178,7 +178,13 @@ class Uploader:
         failpoint("put.picked")
         uploads: list[_Upload] = []
         for inode, version_inode, summary in picked:
-            await self._pick(inode, version_inode, summary, uploads)
+            while True:
+                try:
+                    await self._pick(inode, version_inode, summary, uploads)
+                    break
+                except StateError as exc:  # with nothing changed
+                    self._complaints.warning("not picked", f"a staged file is not put yet: {exc}")
+                    await trio.sleep(RETRY_SECONDS_MIN)
         try:
             # What is stored already needs no transaction of its own: publish looks again, in its own.
             if any(upload.missing for upload in uploads):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,56 @@ async def test_small_files_are_hashed_at_once(staging: Staging) -> None:
     summary = staging.store.summary(100)
     assert summary is not None
     assert summary.digest == Digest.of(b"12345")
+
+
+async def test_a_write_that_is_cancelled_while_it_waits_to_be_hashed(staging: Staging) -> None:
+    """By its deadline, in a host that stood still. Its bytes are on the disk: a digest without them would be wrong."""
+    data = os.urandom(3 << 20)
+    file = staging.create(100)
+    await staging.files.write(file, 0, data[: 1 << 20])
+    with trio.CancelScope(deadline=-inf) as scope:
+        await staging.files.write(file, 1 << 20, data[1 << 20 : 2 << 20])
+    assert scope.cancelled_caught
+    await staging.files.write(file, 2 << 20, data[2 << 20 :])
+    async with staging.running():
+        await staging.close_file(file)
+        assert await staging.digest(100) == Digest.of(data)
+    assert staging.files.open_file(100) is None
+
+
+async def test_a_close_that_is_cancelled(staging: Staging) -> None:
+    data = os.urandom(3 << 20)
+    file = staging.create(100)
+    await staging.write(file, data)
+    for step in (staging.files.flush(file), staging.files.release(file, writable=True)):
+        with trio.CancelScope(deadline=-inf):
+            await step
+    async with staging.running():
+        assert await staging.digest(100) == Digest.of(data)
+        await trio.testing.wait_all_tasks_blocked()
+    assert staging.files.open_file(100) is None
+
+
+async def test_bytes_that_cannot_be_removed_stop_nothing(staging: Staging, caplog: pytest.LogCaptureFixture) -> None:
+    data = os.urandom(3 << 20)
+    async with staging.running():
+        file = staging.create(100)
+        await staging.write(file, data)
+        staging.store.delete_link(9, b"100")
+        staging.store.update_node(100, nlink=0)
+        staging.files.path(100).rename(staging.files.folder / "aside")
+        staging.files.path(100).mkdir()  # for the disk that refuses
+        await staging.close_file(file)
+        other = staging.create(101)
+        await staging.write(other, data)
+        await staging.close_file(other)
+        assert await staging.digest(101) == Digest.of(data)
+        await trio.testing.wait_all_tasks_blocked()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"staged bytes 64 stay until the next start: [Errno 21] Is a directory: '{staging.files.path(100)}'"
+    ]
+    assert (staging.store.node(100), staging.files.staged_bytes) == (None, len(data))
+    caplog.clear()
 
 
 @pytest.mark.parametrize("how", ["backwards", "overwritten", "cut", "extended", "written after its digest"])

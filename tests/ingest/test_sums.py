@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import subprocess
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from castore.catalog.records import Kind
 from castore.catalog.workspace import Node, WorkspaceStore
 from castore.digest import BlobHasher
 from castore.errors import SumsMismatch
-from castore.ingest.sums import check_sums
+from castore.ingest.sums import LINE_BYTES_MAX, check_sums
 
 ROOT = 1000
 
@@ -137,3 +138,19 @@ def test_what_sha256sum_writes(version: Version, tmp_path: Path) -> None:
     listing = subprocess.run(["sha256sum", *names], cwd=tree, capture_output=True, check=True).stdout
     version.file(ROOT, b"SHA256SUMS", listing)
     version.check()
+
+
+def test_a_long_list_takes_no_memory(version: Version) -> None:
+    version.file(ROOT, b"SHA256SUMS", b"##\n" * 300_000)
+    tracemalloc.start()
+    try:
+        version.check()
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_line_of_any_length_is_refused_as_such(version: Version) -> None:
+    version.file(ROOT, b"SHA256SUMS", b"#\n" + bytes(2 * LINE_BYTES_MAX))
+    with pytest.raises(SumsMismatch, match=f"line 2: longer than {LINE_BYTES_MAX} bytes"):
+        version.check()

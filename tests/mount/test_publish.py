@@ -38,10 +38,37 @@ def test_a_name_answers_before_it_is_listed(shared_store: MountedStore) -> None:
 
 
 def test_an_empty_name_goes_again(shared_store: MountedStore) -> None:
-    (shared_store.mnt / "ingest/fleeting").mkdir()
-    assert (shared_store.mnt / "packages/fleeting").is_dir()
-    (shared_store.mnt / "ingest/fleeting").rmdir()
-    wait_until(lambda: not (shared_store.mnt / "packages/fleeting").exists(), "the name is gone", 3.0)
+    ingest, packages = shared_store.mnt / "ingest", shared_store.mnt / "packages"
+    (ingest / "fleeting").mkdir()
+    assert (packages / "fleeting").is_dir()
+    (ingest / "fleeting").rename(ingest / "renamed")
+    wait_until(lambda: not (packages / "fleeting").exists(), "the old name is gone", 3.0)
+    assert (packages / "renamed").is_dir()
+    (ingest / "renamed").rmdir()
+    wait_until(lambda: not (packages / "renamed").exists(), "the name is gone", 3.0)
+    kept = rows(shared_store.state / "staging/workspace.db", "SELECT name FROM names")
+    assert not {("fleeting",), ("renamed",)} & set(kept)
+
+
+def test_a_version_inside_another_one_has_no_labels(shared_store: MountedStore) -> None:
+    """A rebuild from a backend refuses them there, and with them all of the package."""
+    box = shared_store.ingest("nested/1")
+    for name in ("user.castore.producer", "user.castore.retention_class", "user.kept"):
+        os.setxattr(box, name, b"label")
+    inside = shared_store.ingest("nested/2") / "inside"
+    box.rename(inside)
+    assert os.listxattr(inside) == ["user.kept"]
+    _, entries = read_manifest(_manifest(shared_store, shared_store.publish("nested/2")))
+    assert [(entry.path, entry.attributes) for entry in entries][1:] == [(b"inside", {b"user.kept": b"label"})]
+
+
+def test_a_manifest_that_takes_long_to_write_is_put(make_store: Callable[..., MountedStore]) -> None:
+    store = make_store('publish_wait = "10ms"')
+    store.mount()
+    box = store.ingest("long/1")
+    (box / "SHA256SUMS").write_bytes(b"#\n" * 6_000_000)
+    store.wait_stored(box / "SHA256SUMS")
+    box.rename(store.package("long/1"))
 
 
 def test_latest_is_the_version_published_last(shared_store: MountedStore) -> None:
@@ -141,6 +168,13 @@ def test_an_unlinked_file_is_read_on(shared_store: MountedStore) -> None:
     assert '"size_bytes": 1' in shown
 
 
+def _manifest(store: MountedStore, package: Path) -> Path:
+    """Where the object of a package's manifest lies."""
+    algorithm, _, hexa = os.getxattr(package, "user.castore.digest").decode().partition(":")
+    assert algorithm == MANIFEST_ALGORITHM
+    return store.objects / MANIFEST_ALGORITHM / hexa[:2] / hexa[2:4] / hexa
+
+
 def test_the_published_tree_is_the_manifest(shared_store: MountedStore, tmp_path: Path) -> None:
     make_tree(tmp_path / "source", attributes=True)
     box = shared_store.ingest("written/1")
@@ -148,11 +182,8 @@ def test_the_published_tree_is_the_manifest(shared_store: MountedStore, tmp_path
     os.setxattr(box, "user.castore.producer", b"tester")
     began = time.time_ns()
     package = shared_store.publish("written/1")
-    digest = os.getxattr(package, "user.castore.digest").decode()
-    algorithm, _, hexa = digest.partition(":")
-    assert algorithm == MANIFEST_ALGORITHM
-    path = shared_store.objects / MANIFEST_ALGORITHM / hexa[:2] / hexa[2:4] / hexa
-    assert sha256(path) == hexa
+    path = _manifest(shared_store, package)
+    assert sha256(path) == path.name
     header, entries = read_manifest(path)
     assert (header.name, header.version, header.producer) == ("written", "1", "tester")
     assert began <= header.published_at_ns <= time.time_ns()
@@ -203,16 +234,20 @@ def test_publish_over_a_version(shared_store: MountedStore) -> None:
     assert (package / "file").read_text() == "first"
 
 
-def test_a_file_open_for_writing(shared_store: MountedStore) -> None:
-    box = shared_store.ingest("busy/1")
+def test_a_file_open_for_writing(make_store: Callable[..., MountedStore]) -> None:
+    store = make_store('publish_wait = "60s"')
+    store.mount()
+    box = store.ingest("busy/1")
     with (box / "file").open("w") as file:
         file.write("half")
         file.flush()
+        began = time.monotonic()
         with fails(errno.EBUSY):
-            box.rename(shared_store.package("busy/1"))
+            box.rename(store.package("busy/1"))
+        assert time.monotonic() - began < 30, "it waited"
         assert _error(box) == "a file is open for writing"
         file.write(" and whole")
-    package = shared_store.publish("busy/1")
+    package = store.publish("busy/1")
     assert (package / "file").read_text() == "half and whole"
 
 
