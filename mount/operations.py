@@ -97,6 +97,13 @@ class CastoreOperations(pyfuse3.Operations):
             raise ReadOnly("only ingest/ can be written")
         return self._workspace
 
+    def _changeable(self, inode: int) -> IngestFiles:
+        """As `_writable`, for what is in the tree. Raises NotPermitted for ingest/ itself."""
+        files = self._writable(inode)
+        if inode == INGEST_ROOT:
+            raise NotPermitted("ingest/ itself does not change")
+        return files
+
     def _root(self) -> pyfuse3.EntryAttributes:
         return make(
             ROOT,
@@ -183,11 +190,11 @@ class CastoreOperations(pyfuse3.Operations):
 
     @guarded
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
-        self._writable(inode).tree.set_attribute(inode, name, value)
+        self._changeable(inode).tree.set_attribute(inode, name, value)
 
     @guarded
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        self._writable(inode).tree.remove_attribute(inode, name)
+        self._changeable(inode).tree.remove_attribute(inode, name)
 
     # names
 
@@ -278,9 +285,7 @@ class CastoreOperations(pyfuse3.Operations):
         fh: int | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        files = self._writable(inode)
-        if inode == INGEST_ROOT:
-            raise NotPermitted("ingest/ itself does not change")
+        files = self._changeable(inode)
         if fields.update_size:
             handle = None if fh is None else self.handles.staged(fh)
             await files.set_size(inode, attr.st_size, handle)

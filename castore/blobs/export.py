@@ -9,10 +9,9 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-import shutil
 import stat
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -32,6 +31,9 @@ PIECE_BYTES: Final = 1024 * 1024
 """Read, hashed and written at a time."""
 _PRIVATE: Final = 0o700
 _NO_FOLLOW: Final = os.O_NOFOLLOW | os.O_CLOEXEC
+_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | _NO_FOLLOW
+_NEAR_BYTES: Final = 2048
+"""Longer paths are gone along in steps: one system call takes 4095 bytes, and a tree may be deeper."""
 _MARK: Final = ".castore-export-"
 
 
@@ -76,7 +78,7 @@ class Export:
         os.mkdir(draft, _PRIVATE)
         try:
             # Held until the end, so that nobody takes it for one that a killed export left.
-            held = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | _NO_FOLLOW)
+            held = os.open(draft, _FOLDER)
             try:
                 fcntl.flock(held, fcntl.LOCK_EX)
                 await self._fill(held)
@@ -111,25 +113,33 @@ class Export:
         name = os.path.basename(path)
         if name != entry.name or name in (b"", b".", b"..") or b"\0" in name:
             raise FormatError(f"the package has an entry that no directory can have: {entry.name!r}")
-        if entry.kind is Kind.DIRECTORY:
-            os.mkdir(path, _PRIVATE, dir_fd=top)
-            self._directories.append((path, entry))
-        elif entry.kind is Kind.SYMLINK:
-            os.symlink(entry.target, path, dir_fd=top)
-            _set_owner(entry, path=path, top=top)
-            os.utime(path, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=top, follow_symlinks=False)
-        elif entry.inode in self._first_names:
-            os.link(self._first_names[entry.inode], path, src_dir_fd=top, dst_dir_fd=top, follow_symlinks=False)
-        else:
-            if entry.nlink > 1:
-                self._first_names[entry.inode] = path
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o600, dir_fd=top)
+        with _near(top, path) as (folder, near):
+            file = self._make_near(top, path, folder, near, entry)
+        if file >= 0:
             try:
                 await jobs.send((file, entry))
             except BaseException:
                 os.close(file)
                 raise
         await trio.lowlevel.checkpoint()
+
+    def _make_near(self, top: int, path: bytes, folder: int, near: bytes, entry: Entry) -> int:
+        """Make an entry at `near` in `folder`. The descriptor of a file that is to be written, else -1."""
+        if entry.kind is Kind.DIRECTORY:
+            os.mkdir(near, _PRIVATE, dir_fd=folder)
+            self._directories.append((path, entry))
+        elif entry.kind is Kind.SYMLINK:
+            os.symlink(entry.target, near, dir_fd=folder)
+            _set_owner(entry, path=near, top=folder)
+            os.utime(near, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=folder, follow_symlinks=False)
+        elif entry.inode in self._first_names:
+            with _near(top, self._first_names[entry.inode]) as (source, first):
+                os.link(first, near, src_dir_fd=source, dst_dir_fd=folder, follow_symlinks=False)
+        else:
+            if entry.nlink > 1:
+                self._first_names[entry.inode] = path
+            return os.open(near, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o600, dir_fd=folder)
+        return -1
 
     async def _work(self, queue: trio.MemoryReceiveChannel[tuple[int, Entry]], scope: trio.CancelScope) -> None:
         async for file, entry in queue:
@@ -170,7 +180,8 @@ class Export:
     def _finish(self, top: int) -> None:
         """Modes and times of directories, the innermost first: nothing is made in them any more."""
         for path, entry in reversed(self._directories):
-            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _NO_FOLLOW, dir_fd=top)
+            with _near(top, path) as (above, near):
+                folder = os.open(near, _FOLDER, dir_fd=above)
             try:
                 for name, value in self._catalog.attributes(entry.inode).items():
                     _set_attribute(folder, name, value)
@@ -207,7 +218,7 @@ def _remove_leftovers(target: Path) -> None:
     """What killed exports of the same target left: the kernel gave their locks back."""
     for left in target.parent.glob(f".{_escaped(target.name)}{_MARK}*"):
         try:
-            held = os.open(left, os.O_RDONLY | os.O_DIRECTORY | _NO_FOLLOW)
+            held = os.open(left, _FOLDER)
         except OSError:
             continue  # somebody else's, or gone
         try:
@@ -223,11 +234,42 @@ def _escaped(name: str) -> str:
     return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 
+@contextmanager
+def _near(top: int, path: bytes) -> Iterator[tuple[int, bytes]]:
+    """A directory on the way, and the rest of the path, which a system call takes."""
+    opened = -1
+    try:
+        while len(path) > _NEAR_BYTES:
+            cut = path.rindex(b"/", 0, _NEAR_BYTES)
+            below = os.open(path[:cut], _FOLDER, dir_fd=top if opened < 0 else opened)
+            if opened >= 0:
+                os.close(opened)
+            opened, path = below, path[cut + 1 :]
+        yield top if opened < 0 else opened, path
+    finally:
+        if opened >= 0:
+            os.close(opened)
+
+
 def _remove(draft: Path) -> None:
-    for folder, _, _ in os.walk(draft):
-        with suppress(OSError):
+    """As far as it can be, however deep: each directory is moved to the top before it is emptied."""
+    with suppress(OSError):
+        folders = [draft]
+        while folders:
+            folder = folders.pop()
             os.chmod(folder, _PRIVATE)
-    shutil.rmtree(draft, ignore_errors=True)
+            with os.scandir(folder) as found:
+                items = list(found)
+            for item in items:
+                if item.is_dir(follow_symlinks=False):
+                    os.chmod(item.path, _PRIVATE)
+                    folders.append(draft / f"{_MARK}{secrets.token_hex(8)}")
+                    os.rename(item.path, folders[-1])
+                else:
+                    os.unlink(item.path)
+            if folder != draft:
+                os.rmdir(folder)
+        os.rmdir(draft)
 
 
 def _write_all(file: int, data: bytes | memoryview) -> None:

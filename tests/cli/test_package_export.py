@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,39 @@ def test_without_a_daemon_from_any_backend(exporting: Exporting) -> None:
         for entry in json.loads(exporting.cli("package", "sums", "demo/1", "--json").stdout)["files"]
     }
     assert found == {path.decode(): exporting.digests[path].hex for path in FILES}
+
+
+_DEEP = """import os, sys
+for _ in range(int(sys.argv[1])):
+    os.mkdir(sys.argv[2])
+    os.chdir(sys.argv[2])
+open("leaf", "w").close()
+os.link("leaf", "hard")
+os.symlink("leaf", "soft")
+"""
+
+
+def test_deeper_than_one_path_may_be(exporting: Exporting) -> None:
+    out = exporting.place / "out"
+    try:
+        for ref, levels, name in (("deep/1", 90, "d" * 50), ("deep/2", 1100, "deep")):
+            source = exporting.place / ref.replace("/", "-")
+            source.mkdir()
+            subprocess.run([sys.executable, "-c", _DEEP, str(levels), name], cwd=source, check=True)
+            exporting.cli("package", "import", source, ref)
+        exporting.cli("package", "export", "deep/1", out)
+        script = (
+            f"for i in $(seq 90); do cd -P {'d' * 50} || exit 1; done; ls; test leaf -ef hard && test leaf -ef soft"
+        )
+        done = subprocess.run(["sh", "-c", script], cwd=out, stdout=subprocess.PIPE, text=True, check=True)
+        assert done.stdout.split() == ["hard", "leaf", "soft"]
+        # What fails is removed, too.
+        exporting.execute("UPDATE entries SET name = x'2E2E' WHERE name = x'6C656166'")
+        failed = exporting.cli("package", "export", "deep/2", exporting.place / "again", code=2)
+        assert "no directory can have" in failed.stderr.splitlines()[-1]
+        assert exporting.left() == ["deep-1", "deep-2", "out"]
+    finally:
+        subprocess.run(["rm", "-rf", exporting.place], check=True)  # Python's own stops at a depth of 1000
 
 
 def test_all_or_nothing(exporting: Exporting) -> None:

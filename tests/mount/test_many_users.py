@@ -102,6 +102,9 @@ def test_published_modes_count(many: MountedStore) -> None:
 
 def test_ingest_is_sticky(many: MountedStore) -> None:
     assert stat.S_IMODE((many.mnt / "ingest").stat().st_mode) == 0o1777
+    for script in ("chmod 755 ingest", "chown 1 ingest", "touch ingest", "setfattr -n user.x -v y ingest"):
+        done = subprocess.run(["sh", "-c", script], cwd=many.mnt, stderr=subprocess.PIPE, text=True)
+        assert "Operation not permitted" in done.stderr, script
     _must(NOBODY, "mkdir -p ingest/mine/1 && echo x > ingest/mine/1/file", many.mnt)
     for script in (
         "rm -rf ingest/mine",
