@@ -376,7 +376,7 @@ class Transaction:
         self._execute(
             "INSERT INTO entries SELECT link_id, iif(link.inode = :root, :parent, link.parent), "
             "iif(link.inode = :root, :name, link.name), link.inode, kind, mode & 511, coalesce(:uid, uid), "
-            "coalesce(:gid, gid), mtime_ns, :now, node.size_bytes, nlink, coalesce(blob_id, 0), target "
+            "coalesce(:gid, gid), mtime_ns, :now, node.size_bytes, nlink, coalesce(blob_id, 0), target, 0 "
             "FROM workspace.nodes AS node JOIN workspace.links AS link ON link.inode = node.inode "
             "LEFT JOIN blobs ON blobs.digest = node.digest AND blobs.algorithm = node.algorithm "
             "WHERE version_inode = :root",
