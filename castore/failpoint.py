@@ -52,11 +52,8 @@ COMMAND_POINTS: Final = {
     "gc.deleting": "some objects that were marked are gone, the catalog does not know of any",
     "gc.deleted": "all of them are gone",
     "gc.forgotten": "and their rows",
-    "repair.kept": "good bytes of a failed location lie aside, nothing is noted",
-    "repair.intended": "the intent of their put is committed, nothing is sent",
-    "put.part": "a server has a part of an object, which is not there yet",
-    "repair.put": "the backend has acknowledged, nothing is read back",
-    "repair.recorded": "the location is verified, nobody was told",
+    "upgrade.copied": "an older catalog is copied, and not changed",
+    "upgrade.migrated": "it is changed, and nothing is committed",
     "export.filled": "every file of an export is written, its directory is not in its place",
 }
 """The same of commands that work beside a daemon."""

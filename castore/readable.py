@@ -21,13 +21,16 @@ def format_bytes(size_bytes: int) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration in its two largest units: `8 s`, `2 min 5 s`, `3 h 20 min`."""
+    """A duration in its two largest units: `8 s`, `2 min 5 s`, `3 h 20 min`, `7 d`, `2 d 3 h`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    days, hours = divmod(whole // 3600, 24)
+    return f"{days} d {hours} h" if hours else f"{days} d"
 
 
 def printable(text: str | bytes) -> str:

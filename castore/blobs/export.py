@@ -75,7 +75,11 @@ class Export:
         check_target(self._target)
         _remove_leftovers(self._target)
         draft = self._target.with_name(f".{self._target.name}{_MARK}{secrets.token_hex(8)}")
-        os.mkdir(draft, _PRIVATE)
+        try:
+            os.mkdir(draft, _PRIVATE)
+        except OSError as exc:
+            exc.filename = str(self._target)  # the name that its caller knows
+            raise
         try:
             # Held until the end, so that nobody takes it for one that a killed export left.
             held = os.open(draft, _FOLDER)

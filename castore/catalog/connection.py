@@ -20,6 +20,8 @@ from sqlite_utils.migrations import Migrations
 from castore.catalog import schema
 from castore.catalog.copy_file import copy_database
 from castore.errors import CatalogBusy, CatalogFull, CatalogTooNew, StateError
+from castore.failpoint import failpoint
+from castore.mountinfo import is_dead, read_mounts
 from castore.state_lock import take_lock
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ FIRST_INODE: Final = 1024
 
 FOLLOWED_NAME: Final = "followed.json"
 """Beside a catalog that is another host's, and that only whoever follows it replaces."""
+
+_NO_ROOM_BYTES: Final = 1024 * 1024
+"""Free on a disk, where an I/O error is one of room: files that were given up have given theirs back already."""
 
 _CACHE_KIB: Final = 16 * 1024
 """Page cache of one connection: holds the index pages of some hundred thousand entries."""
@@ -67,10 +72,19 @@ def mapped(exc: sqlite3.Error, path: Path) -> StateError:
     if isinstance(exc, sqlite3.OperationalError):
         if "locked" in str(exc) or "busy" in str(exc):
             return CatalogBusy(f"{path}: another process holds the write lock for over {BUSY_TIMEOUT_MS} ms")
-        if "full" in str(exc):
+        if "full" in str(exc) or ("I/O" in str(exc) and _has_no_room(path)):
             return CatalogFull(f"{path}: {exc}; make room on its file system")
         return StateError(f"{path}: {exc}")
     return StateError(f"{path}: {exc}; restore it from a backup or rebuild it from a backend")
+
+
+def _has_no_room(path: Path) -> bool:
+    """Whether an I/O error may be just that: SQLite says so where the index of a write-ahead log cannot grow."""
+    try:
+        disk = os.statvfs(path.parent)
+    except OSError:
+        return False
+    return disk.f_bavail * disk.f_frsize < _NO_ROOM_BYTES
 
 
 def _connect(path: Path, *, mode: str) -> Database:
@@ -184,15 +198,17 @@ def open_side_database(path: Path, create: str) -> Database:
         return database
 
 
-def create_catalog(path: Path) -> Path | None:
+def create_catalog(path: Path, on_copied: Callable[[int, int], None] = lambda _done, _total: None) -> Path | None:
     """Make the catalog, or bring an older one up to date. Idempotent; its folder must exist.
 
-    An older one is copied first: the path of the copy is returned, None when there was no need. Nobody writes to the
-    state directory meanwhile. Raises CatalogTooNew for one from the future, StateError for a file that is no database
-    or is not sound, StateLocked, and OSError when there is no room for the copy; then it is as it was.
+    An older one is copied first, and `on_copied` learns the pages copied and how many there are: the path of the copy
+    is returned, None when there was no need. Nobody writes to the
+    state directory meanwhile, and nothing is mounted of it. Raises CatalogTooNew for one from the future, StateError
+    for a file that is no database or is not sound, StateLocked, and OSError or CatalogFull when there is no room for
+    the copy or the change; then it is as it was.
     """
     _check_own(path)
-    with _upgrading(path) as copy, _migrated(path, schema.catalog_migrations) as database:
+    with _upgrading(path, on_copied) as copy, _migrated(path, schema.catalog_migrations) as database:
         now = time.time_ns()
         database.execute("INSERT OR IGNORE INTO catalog_info VALUES (1, ?, ?)", [str(uuid.uuid4()), now])
         database.execute("INSERT OR IGNORE INTO sequences VALUES ('inode', ?)", [FIRST_INODE])
@@ -200,7 +216,7 @@ def create_catalog(path: Path) -> Path | None:
 
 
 @contextmanager
-def _upgrading(path: Path) -> Iterator[Path | None]:
+def _upgrading(path: Path, on_copied: Callable[[int, int], None]) -> Iterator[Path | None]:
     """Inside, an older catalog may be changed: there is a copy of it, and its state directory is locked."""
     version = _older_version(path)
     if not version:
@@ -208,9 +224,28 @@ def _upgrading(path: Path) -> Iterator[Path | None]:
         return
     lock = take_lock(path.parent / "run/lock", path.parent, holder="upgrade")
     try:
-        yield _copy_before(path, version)
+        _check_not_shown(path)
+        for left in path.parent.glob(f".{path.name}.version-*.part*"):
+            left.unlink()  # by an upgrade that was killed
+        copy = _copy_before(path, version, on_copied)
+        failpoint("upgrade.copied")
+        try:
+            yield copy
+        except CatalogFull:
+            copy.unlink()  # nothing has changed, and the room is wanted
+            raise
     finally:
         os.close(lock)
+
+
+def _check_not_shown(path: Path) -> None:
+    """Whoever shows the catalog read-only has no lock, and knows the older tables."""
+    for mount in read_mounts():
+        if mount.state_dir == path.parent and is_dead(mount.mountpoint) is not True:
+            raise StateError(
+                f"{path}: is of an older castore, which shows it at {mount.mountpoint}; unmount that, then bring it up "
+                "to date"
+            )
 
 
 def _older_version(path: Path) -> int:
@@ -223,13 +258,13 @@ def _older_version(path: Path) -> int:
     return version if version < schema.SCHEMA_VERSION else 0
 
 
-def _copy_before(path: Path, version: int) -> Path:
+def _copy_before(path: Path, version: int, on_copied: Callable[[int, int], None]) -> Path:
     number = 0
     while os.path.lexists(copy := path.with_name(f"{path.name}.version-{version}{f'.{number}' if number else ''}")):
         number += 1
     with sqlite_errors(path), closing(_connect(path, mode="rw")) as database:
         database.execute("BEGIN")
-        copy_database(database.conn, copy)
+        copy_database(database.conn, copy, on_copied)
         database.execute("ROLLBACK")
     return copy
 
@@ -263,10 +298,14 @@ def _migrated(path: Path, migrations: Migrations) -> Iterator[Database]:
                 _check_version(database, path, schema.SCHEMA_VERSION)
             _check_hooks(database, path)
             database.execute("PRAGMA journal_mode = WAL")
+            # All or nothing: after a kill, or on a full disk, it is of the version that it had, and works with it.
+            database.execute("BEGIN IMMEDIATE")
             migrations.apply(database)
             yield database
             if version != schema.SCHEMA_VERSION:
                 database.execute(f"PRAGMA user_version = {schema.SCHEMA_VERSION}")
+            failpoint("upgrade.migrated")
+            database.execute("COMMIT")
         finally:
             database.close()
         if fresh:

@@ -26,15 +26,11 @@ from castore.digest import BlobSummary, Digest
 from castore.errors import StateError
 
 _ENTRY: Final = (
-    "entry_id, parent_id, name, inode, kind, mode, uid, gid, mtime_ns, ctime_ns, size_bytes, nlink, blob_id, target, "
-    "shared_inode"
+    "entry_id, parent_id, name, inode, kind, mode, uid, gid, mtime_ns, ctime_ns, size_bytes, nlink, blob_id, target"
 )
-_ENTRY_COLUMNS: Final = 15
 _ENTRY_OF: Final = ", ".join(f"entries.{column}" for column in _ENTRY.split(", "))
 _BLOB: Final = "blob_id, algorithm, digest, size_bytes, block_size_bytes, checksum_algorithm, checksums"
 _BLOB_OF: Final = ", ".join(f"blobs.{column}" for column in _BLOB.split(", "))
-_BY_NUMBER: Final = ("entry_id = ?", "shared_inode = ? AND shared_inode <> 0 LIMIT 1")
-"""How an inode number is found: its own entry, or, where that was purged, one that shows it. Those are all alike."""
 _LOOKED_AT: Final = 1024
 """Entries among which the next directory is looked for: a quarter of a millisecond."""
 _NAME: Final = "name, inode, latest_inode, uid, gid, mode, mtime_ns, latest_version"
@@ -43,6 +39,8 @@ _PACKAGE: Final = (
     "packages.size_bytes, blobs.algorithm, blobs.digest, backend_ids"
 )
 _TAG: Final = "name, tag, version, inode, set_at_ns FROM package_tags"
+_AFTER_ALL: Final = "\x7f"
+"""Sorts behind every character of a NAME and a VERSION."""
 _PACKAGE_FROM: Final = "FROM packages JOIN blobs ON blobs.blob_id = packages.manifest_blob_id"
 
 
@@ -120,25 +118,21 @@ class CatalogReader:
     # entries
 
     def entry(self, inode: int) -> Entry | None:
-        """The entry whose inode this is (the first name of a hard-linked one), or one that shows it."""
-        for where in _BY_NUMBER:
-            row = self._one(f"SELECT {_ENTRY} FROM entries WHERE {where}", inode)
-            if row is not None:
-                return _entry(row)
-        return None
+        """The entry whose inode this is (the first name of a hard-linked one)."""
+        row = self._one(f"SELECT {_ENTRY} FROM entries WHERE entry_id = ?", inode)
+        return None if row is None else _entry(row)
 
     def file(self, inode: int) -> tuple[Entry, Blob | None] | None:
-        """As `entry`, with its blob when it is a file. One query is half of what two cost."""
-        for where in _BY_NUMBER:
-            row = self._one(
-                f"SELECT {_ENTRY_OF}, {_BLOB_OF} FROM entries LEFT JOIN blobs ON blobs.blob_id = entries.blob_id "
-                f"WHERE {where}",
-                inode,
-            )
-            if row is not None:
-                entry, blob = row[:_ENTRY_COLUMNS], row[_ENTRY_COLUMNS:]
-                return _entry(entry), None if blob[0] is None else _blob(blob)
-        return None
+        """The entry whose inode this is, and its blob, when it is a file. One query is half of what two cost."""
+        row = self._one(
+            f"SELECT {_ENTRY_OF}, {_BLOB_OF} FROM entries LEFT JOIN blobs ON blobs.blob_id = entries.blob_id "
+            "WHERE entry_id = ?",
+            inode,
+        )
+        if row is None:
+            return None
+        entry = _entry(row[:14])
+        return entry, None if row[14] is None else _blob(row[14:])
 
     def lookup(self, parent_id: int, name: bytes) -> Entry | None:
         """The entry of that name in a directory."""
@@ -239,6 +233,23 @@ class CatalogReader:
         """All packages, by name, then by the time of publish."""
         rows = self._rows(f"SELECT {_PACKAGE} {_PACKAGE_FROM} ORDER BY name, published_at_ns, version")
         return (_package(row) for row in rows)
+
+    def names(self, prefix: str, limit: int) -> list[str]:
+        """NAMEs that begin so and have a published version, in order of text."""
+        rows = self._rows(
+            "SELECT name FROM package_names WHERE name >= ? AND name < ? AND latest_version <> '' "
+            "ORDER BY name LIMIT ?",
+            (prefix, prefix + _AFTER_ALL, limit),
+        )
+        return [row[0] for row in rows]
+
+    def versions(self, name: str, prefix: str, limit: int) -> list[str]:
+        """Published versions of a NAME that begin so, in order of text."""
+        rows = self._rows(
+            "SELECT version FROM packages WHERE name = ? AND version >= ? AND version < ? ORDER BY version LIMIT ?",
+            (name, prefix, prefix + _AFTER_ALL, limit),
+        )
+        return [row[0] for row in rows]
 
     # blobs and locations
 

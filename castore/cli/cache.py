@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from castore.cli.completing import REF
 from castore.cli.long_run import INTERRUPTED, LongRun, Snapshot
 from castore.cli.output import format_bytes, format_time_ns, print_columns, print_json, printable
 from castore.cli.session import Session, common_options, json_option
@@ -114,7 +115,7 @@ def clear(session: Session, as_json: bool) -> None:
 
 
 @command.command("warm")
-@click.argument("ref")
+@click.argument("ref", type=REF)
 @click.option("--path", "inside", metavar="P", help="Only the file or directory P of the package.")
 @json_option
 @common_options

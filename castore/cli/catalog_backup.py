@@ -5,15 +5,12 @@ from __future__ import annotations
 import signal
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
 
 import click
 
 from castore.cli.output import format_bytes, print_json, printable
-from castore.cli.progress import progress
+from castore.cli.progress import of_pages, progress
 from castore.cli.session import Session, common_options, json_option
-
-_PAGE_BYTES: Final = 4096
 
 
 @click.command("backup")
@@ -33,12 +30,7 @@ def backup(session: Session, file: Path, as_json: bool) -> int:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with BackupReader(session.config().store.catalog_path) as reader, progress("backing up") as show:
-        made = reader.back_up(
-            file.absolute(),
-            lambda done, total: show(
-                done_bytes=done * _PAGE_BYTES, total_bytes=total * _PAGE_BYTES, files=f"{total} pages"
-            ),
-        )
+        made = reader.back_up(file.absolute(), of_pages(show))
     if as_json:
         print_json({**asdict(made), "path": str(made.path)})
     else:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from castore.cli.completing import BACKEND
 from castore.cli.long_run import INTERRUPTED, LongRun, Snapshot
 from castore.cli.output import json_line, printable
 from castore.cli.session import Session, common_options
@@ -29,7 +30,9 @@ COULD_NOT_RUN: Final = 2
 
 
 @click.command("rebuild")
-@click.option("--backend", "backend_id", metavar="ID", required=True, help="The backend whose manifests are read.")
+@click.option(
+    "--backend", "backend_id", metavar="ID", type=BACKEND, required=True, help="The backend whose manifests are read."
+)
 @click.option("--add", is_flag=True, help="Add what a catalog lacks that has packages already; the rest of it stays.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON document for each manifest, and one that sums up.")
 @common_options

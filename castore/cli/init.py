@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from castore.cli.output import print_columns, print_json, printable
+from castore.cli.progress import of_pages, progress
 from castore.cli.session import Session, common_options, json_option
 from castore.errors import CastoreError, ConfigError, StateError, StorageError
 
@@ -189,7 +190,8 @@ def make_store(config: Config) -> tuple[list[dict[str, Any]], list[CastoreError]
     store = config.store
     steps = [_step("state directory", store.state_dir, _make_folder(store.state_dir))]
     steps.append(_step("catalog", store.catalog_path, not store.catalog_path.exists()))
-    before = create_catalog(store.catalog_path)
+    with progress("copying the catalog, to bring it up to date then") as show:
+        before = create_catalog(store.catalog_path, of_pages(show))
     if before is not None:
         steps.append(_step("catalog as it was before its upgrade", before, True))
     errors: list[CastoreError] = []

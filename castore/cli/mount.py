@@ -110,6 +110,10 @@ def _make_first_store(config: Config, mountpoint: Path) -> None:
     """What somebody needs who has only just installed castore. Says so in a line."""
     from castore.cli.init import make_store
 
+    if not mountpoint.parent.is_dir():
+        raise StateError(
+            f"{mountpoint}: cannot be made, {mountpoint.parent} is no directory; make that with `mkdir -p`"
+        )
     mountpoint.mkdir(exist_ok=True)
     _, errors = make_store(config)
     if errors:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from castore.api.control_client import ControlClient
+from castore.cli.completing import REF
 from castore.cli.output import format_bytes, format_time_ns, print_columns, print_json, printable, text_fields
 from castore.cli.package_compare import diff, sums
 from castore.cli.package_delete import delete, deleted, restore
@@ -93,7 +94,7 @@ def _is_wanted(
 
 
 @command.command("show")
-@click.argument("ref")
+@click.argument("ref", type=REF)
 @click.option("--files", is_flag=True, help="List every entry, too.")
 @json_option
 @common_options

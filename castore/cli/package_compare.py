@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from castore.cli.completing import REF
 from castore.cli.output import print_json, printable, text_fields
 from castore.cli.session import Session, common_options, json_option
 from castore.errors import NotFound
@@ -21,7 +22,7 @@ _DIFFERENT: Final = 1
 
 
 @click.command("sums")
-@click.argument("ref")
+@click.argument("ref", type=REF)
 @json_option
 @common_options
 @click.pass_obj
@@ -53,8 +54,8 @@ def sums_line(path: bytes, digest: str) -> bytes:
 
 
 @click.command("diff")
-@click.argument("old")
-@click.argument("new")
+@click.argument("old", type=REF)
+@click.argument("new", type=REF)
 @click.option("--exit-code", "tells", is_flag=True, help="Exit with 1 when they differ.")
 @json_option
 @common_options

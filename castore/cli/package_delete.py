@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from castore.cli.completing import DELETED_REF, REF
 from castore.cli.output import format_bytes, format_seconds, format_time_ns, print_columns, print_json, printable
 from castore.cli.session import Session, common_options, json_option
 from castore.errors import NotFound
@@ -25,7 +26,7 @@ _NOT_AGREED = 1
 
 
 @click.command("delete")
-@click.argument("refs", metavar="REF...", nargs=-1, required=True)
+@click.argument("refs", metavar="REF...", type=REF, nargs=-1, required=True)
 @click.option("--yes", "is_sure", is_flag=True, help="Do not ask.")
 @json_option
 @common_options
@@ -86,7 +87,7 @@ def _agrees(packages: list[Package]) -> bool:
 
 
 @click.command("restore")
-@click.argument("ref")
+@click.argument("ref", type=DELETED_REF)
 @json_option
 @common_options
 @click.pass_obj

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from castore.cli.completing import REF
 from castore.cli.long_run import INTERRUPTED, LongRun, Snapshot
 from castore.cli.output import format_bytes, print_json, printable
 from castore.cli.session import Session, common_options, json_option
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @click.command("export")
-@click.argument("ref")
+@click.argument("ref", type=REF)
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @json_option
 @common_options

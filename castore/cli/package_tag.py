@@ -9,15 +9,16 @@ from typing import Any
 
 import click
 
+from castore.cli.completing import NAME, TAG, VERSION
 from castore.cli.output import format_time_ns, print_columns, print_json
 from castore.cli.session import Session, common_options, json_option
 from castore.registry.names import parse_ref
 
 
 @click.command("tag")
-@click.argument("name")
-@click.argument("tag", required=False)
-@click.argument("version", required=False)
+@click.argument("name", type=NAME)
+@click.argument("tag", type=TAG, required=False)
+@click.argument("version", type=VERSION, required=False)
 @click.option("--remove", is_flag=True, help="Remove the tag; of `latest`, its pin.")
 @click.option("--rollback", is_flag=True, help="Have the tag point to what it did before its last change.")
 @click.option("--history", is_flag=True, help="List every change of the tags of NAME.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -28,6 +28,16 @@ class ShowProgress(Protocol):
 
     def say(self, line: str) -> None:
         """Write a line of the result to standard output now, whole, wherever the progress is shown."""
+
+
+_PAGE_BYTES: Final = 4096
+
+
+def of_pages(show: ShowProgress) -> Callable[[int, int], None]:
+    """What takes the reports of a copy of a database."""
+    return lambda done, total: show(
+        done_bytes=done * _PAGE_BYTES, total_bytes=total * _PAGE_BYTES, files=f"{total} pages"
+    )
 
 
 @contextmanager

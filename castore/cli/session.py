@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from castore.config import Config
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
@@ -84,11 +86,25 @@ def json_option(command: _Command) -> _Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
 
 
+class _Folder(click.ParamType[Any]):
+    """A path that nothing here looks at; the shell completes it."""
+
+    name = "folder"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="dir")]
+
+
 def mountpoint_argument(command: _Command) -> _Command:
     """Give a command the argument MNT, passed on as `mountpoint`, a path.
 
     It is taken as it is: `click.Path` would `stat` it, and a mount whose daemon hangs never answers that.
     """
     return click.argument(
-        "mountpoint", metavar="MNT", type=click.UNPROCESSED, callback=lambda _context, _parameter, value: Path(value)
+        "mountpoint", metavar="MNT", type=_Folder(), callback=lambda _context, _parameter, value: Path(value)
     )(command)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from castore.cli.completing import BACKEND_OR_TYPE, REF
 from castore.config_values import (
     DURATION_RULE,
     RATE_RULE,
@@ -54,6 +55,7 @@ def backend_option(command: Decorated) -> Decorated:
         "--backend",
         "names",
         metavar="ID_OR_TYPE",
+        type=BACKEND_OR_TYPE,
         multiple=True,
         help="Only this backend, or all backends of this type; may be repeated.  [default: all]",
     )(command)
@@ -101,11 +103,12 @@ def _positive_duration(text: str) -> float:
 def choice_options(command: Decorated) -> Decorated:
     """`--package`, `--path`, `--digest`, `--older-than`, `--sample` and `--shard`, for `Choosing`."""
     options = (
-        click.option("--package", "refs", metavar="REF", multiple=True, help="Only what this package needs."),
+        click.option("--package", "refs", metavar="REF", type=REF, multiple=True, help="Only what this package needs."),
         click.option(
             "--path",
             "paths",
             metavar="NAME/VERSION/PATH",
+            type=REF,
             multiple=True,
             help="Only this file, or the files below this directory.",
         ),

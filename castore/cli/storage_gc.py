@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from castore.cli.completing import BACKEND_OR_TYPE
 from castore.cli.long_run import INTERRUPTED, LongRun, Snapshot
 from castore.cli.output import format_bytes, print_columns, print_json, printable
 from castore.cli.parameters import DURATION
@@ -31,7 +32,9 @@ _REFS_SHOWN: Final = 20
 
 
 @click.command("gc")
-@click.option("--backend", "names", metavar="ID_OR_TYPE", multiple=True, help="Only there; may be repeated.")
+@click.option(
+    "--backend", "names", metavar="ID_OR_TYPE", type=BACKEND_OR_TYPE, multiple=True, help="Only there; may be repeated."
+)
 @click.option("--delete", "--yes", "deletes", is_flag=True, help="Do it, instead of showing what would be done.")
 @click.option("--grace", type=DURATION, help="Instead of both times of grace in [retention].")
 @click.option("--no-orphans", is_flag=True, help="Leave objects alone that the catalog does not know.")
@@ -74,7 +77,6 @@ def gc(
             config.store.catalog_path,
             backends,
             workspace=config.store.workspace_path,
-            puts_dir=config.store.puts_dir,
             restore_within_seconds=retention.restore_within_seconds if grace is None else grace,
             orphans_after_seconds=retention.orphans_after_seconds if grace is None else grace,
             deletes=deletes,

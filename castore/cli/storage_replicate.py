@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from castore.cli.completing import BACKEND, REF
 from castore.cli.long_run import INTERRUPTED, LongRun, Snapshot
 from castore.cli.output import format_bytes, json_line, printable
 from castore.cli.session import Session, common_options
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
 
 
 @click.command("replicate")
-@click.option("--from", "source_id", metavar="ID", required=True, help="The backend to copy from.")
-@click.option("--to", "target_id", metavar="ID", required=True, help="The backend to copy to.")
-@click.option("--package", "ref", metavar="REF", help="Only what this package needs.  [default: all packages]")
+@click.option("--from", "source_id", metavar="ID", type=BACKEND, required=True, help="The backend to copy from.")
+@click.option("--to", "target_id", metavar="ID", type=BACKEND, required=True, help="The backend to copy to.")
+@click.option(
+    "--package", "ref", metavar="REF", type=REF, help="Only what this package needs.  [default: all packages]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON document for each object, and one that sums up.")
 @common_options
 @click.pass_obj
@@ -104,7 +107,6 @@ class _Run:
             source=source,
             target=target,
             folder=self._config.store.state_dir,
-            puts_dir=self._config.store.puts_dir,
             package=self._package,
             on_outcome=self._tell,
         )

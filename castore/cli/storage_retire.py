@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from castore.cli.completing import BACKEND
 from castore.cli.output import print_json, printable
 from castore.cli.session import Session, common_options, json_option
 from castore.cli.storage_verify import FOUND_SOMETHING_BAD
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("retire")
-@click.option("--backend", "backend_id", metavar="ID", required=True, help="The backend to forget.")
+@click.option("--backend", "backend_id", metavar="ID", type=BACKEND, required=True, help="The backend to forget.")
 @click.option("--yes", "is_sure", is_flag=True, help="Do not ask.")
 @json_option
 @common_options

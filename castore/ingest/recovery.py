@@ -11,7 +11,6 @@ from castore.catalog.records import Kind
 from castore.catalog.workspace import Publishing, WorkspaceStore
 from castore.catalog.writer import CatalogWriter, Transaction
 from castore.digest import SHA256_BLOCKS
-from castore.errors import StateError
 from castore.ingest.files import StagedFiles
 from castore.ingest.publisher import Publisher
 from castore.registry.routing import Router
@@ -89,12 +88,8 @@ async def recover_bytes(
     for node in store.receiving():
         files.rehash(node.inode)
     for note in notes:
-        try:
-            # Every configured backend: the route may have changed since.
-            await publisher.undo(note, tuple(sorted(router.backend_ids)))
-        except StateError as exc:
-            what = f"the manifest of unpublished {note.name}/{note.version} stays until the next try or start"
-            log.warning("%s: %s", what, exc)
+        # Every configured backend: the route may have changed since.
+        await publisher.undo(note, tuple(sorted(router.backend_ids)))
 
 
 def _is_inode(name: str) -> bool:

@@ -87,7 +87,6 @@ class Ingest:
             backends=backends,
             route=lambda version_inode: self.uploader.route(version_inode),
             owner=self._owner,
-            puts_dir=config.store.puts_dir,
         )
         self.uploader = Uploader(
             self.store,

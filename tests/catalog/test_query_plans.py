@@ -13,7 +13,6 @@ DIGEST = Digest("sha256", bytes(32))
 
 LOOKUPS = {
     "entry": lambda reader: reader.entry(5000),
-    "file": lambda reader: reader.file(5000),
     "lookup": lambda reader: reader.lookup(5000, b"name"),
     "children": lambda reader: reader.children(5000, 0, 256),
     "files_after a number": lambda reader: reader.files_after(5000, 0, 64, 1 << 18),
@@ -29,6 +28,8 @@ LOOKUPS = {
     "tags": lambda reader: reader.tags("name"),
     "package": lambda reader: reader.package("name", "1"),
     "package_by_root": lambda reader: reader.package_by_root(5000),
+    "names": lambda reader: reader.names("na", 256),
+    "versions": lambda reader: reader.versions("name", "1", 256),
     "blob": lambda reader: reader.blob(5000),
     "blob_by_digest": lambda reader: reader.blob_by_digest(DIGEST),
     "blob_digest": lambda reader: reader.blob_digest(5000),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -17,8 +20,11 @@ from castore.catalog.connection import create_catalog, open_writer, read_catalog
 from castore.catalog.package_tree import TreeReader
 from castore.catalog.schema import SCHEMA_VERSION, catalog_migrations
 from castore.errors import CatalogTooNew, StateError, StateLocked
+from castore.failpoint import COMMAND_POINTS
 from castore.state_lock import take_lock
 from tests.catalog.versions import load, path_of
+from tests.mount.small_disk import small_disk
+from tests.mount.store import MountedStore
 
 OLDER = range(1, SCHEMA_VERSION)
 CATALOG_ID = "0b4f6f2e-6b0c-4c1e-8d43-2f9d1c7c1a11"
@@ -75,7 +81,7 @@ def test_an_older_copy_stays(tmp_path: Path) -> None:
 
 
 def test_an_upgrade_that_was_cut_off_goes_on(tmp_path: Path) -> None:
-    """Each migration is whole; the version is written last."""
+    """As a castore left it that committed each migration by itself, and the version last."""
     path = tmp_path / "catalog.db"
     load(1, path)
     names = [migration.name for migration in catalog_migrations._migrations]
@@ -85,6 +91,79 @@ def test_an_upgrade_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     assert version_of(path) == SCHEMA_VERSION
     with CheckReader(path) as reader:
         assert not any(result.count for result in reader.run(lambda *_: None))
+
+
+def castore(state_dir: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """`castore ARGUMENTS` on a store there."""
+    config = state_dir.parent / "castore.toml"
+    config.write_text(
+        f'[store]\nstate_dir = "{state_dir}"\n[backends.local]\ntype = "local"\npath = "{state_dir.parent}/objects"\n'
+    )
+    command = [sys.executable, "-m", "castore.cli", *arguments, "--config", str(config)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environ)
+
+
+def schema_of(path: Path) -> list[tuple[str, str]]:
+    with closing(sqlite3.connect(path)) as raw:
+        return list(raw.execute("SELECT name, sql FROM sqlite_schema WHERE name <> 'sqlite_sequence' ORDER BY name"))
+
+
+@pytest.mark.parametrize("point", [point for point in COMMAND_POINTS if point.startswith("upgrade.")])
+def test_an_upgrade_that_was_killed(tmp_path: Path, point: str) -> None:
+    """By SIGKILL: the catalog is of the version that it had, and whole; the next one does it."""
+    state_dir, path = tmp_path / "state", tmp_path / "state/catalog.db"
+    state_dir.mkdir()
+    load(1, path)
+    before = schema_of(path)
+    (state_dir / ".catalog.db.version-1.abc.part").write_text("of a copy that was killed")
+    assert castore(state_dir, "init", CASTORE_FAILPOINT=point).returncode == -signal.SIGKILL
+    assert (version_of(path), schema_of(path)) == (1, before)
+    assert castore(state_dir, "init").returncode == 0
+    assert version_of(path) == SCHEMA_VERSION
+    assert [version_of(copy) for copy in sorted(state_dir.glob("catalog.db.version-*"))] == [1, 1]
+    assert not list(state_dir.glob(".*"))
+    with CheckReader(path) as reader:
+        assert not any(result.count for result in reader.run(lambda *_: None))
+
+
+@pytest.mark.parametrize("free", [112 << 10, 160 << 10], ids=["for the copy", "for some of the change"])
+def test_an_upgrade_on_a_full_disk(tmp_path: Path, free: int) -> None:
+    """One line, nothing changed and nothing left; with room it goes on."""
+    with small_disk(tmp_path / "disk") as disk:
+        state_dir, path = disk.path / "state", disk.path / "state/catalog.db"
+        state_dir.mkdir()
+        load(1, path)
+        castore(state_dir, "status")
+        before = schema_of(path)
+        disk.fill(but_bytes=free)
+        refused = castore(state_dir, "init")
+        [*_, said] = refused.stderr.splitlines()  # where the copy was made, that is said before
+        assert (refused.returncode, "Traceback" in refused.stderr) == (2, False), refused.stderr
+        assert said.startswith(f"castore: error: {state_dir}/")
+        assert "make room on its file system" in said or "No space left on device" in said
+        disk.empty()
+        assert (version_of(path), schema_of(path)) == (1, before)
+        assert not [name for name in os.listdir(state_dir) if "version" in name]
+        assert castore(state_dir, "init").returncode == 0
+        assert version_of(path) == SCHEMA_VERSION
+
+
+def test_nothing_is_mounted_meanwhile(tmp_path: Path) -> None:
+    """A read-only mount has no lock; its tables are not changed below it. A dead one is nobody's."""
+    store = MountedStore(tmp_path)
+    try:
+        store.mount("-o", "ro")
+        path = store.state / "catalog.db"
+        with closing(sqlite3.connect(path)) as raw:
+            raw.execute(f"PRAGMA user_version = {SCHEMA_VERSION - 1}")
+        said = store.run("init").stderr
+        assert f"is of an older castore, which shows it at {store.mnt}; unmount that" in said
+        assert version_of(path) == SCHEMA_VERSION - 1
+        store.kill()
+        store.castore("init")
+        assert version_of(path) == SCHEMA_VERSION
+    finally:
+        store.close()
 
 
 def test_nobody_writes_meanwhile(tmp_path: Path) -> None:

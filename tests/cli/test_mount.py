@@ -171,6 +171,12 @@ def test_a_module_of_the_working_directory_is_not_run(cli: Cli, tmp_path: Path) 
     assert not (cli.home / "harm").exists()
 
 
+def test_the_first_mount_below_a_folder_that_is_not_there(cli: Cli) -> None:
+    said = cli.error("mount", "not/there", "--background")
+    assert said == f"{cli.home}/not/there: cannot be made, {cli.home}/not is no directory; make that with `mkdir -p`"
+    assert list(cli.home.iterdir()) == []
+
+
 def test_the_real_daemon(cli: Cli, tmp_path: Path) -> None:
     store = MountedStore(tmp_path)
     try:

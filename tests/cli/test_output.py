@@ -59,7 +59,9 @@ def test_sizes_read_back(size_bytes: int) -> None:
         (59.6, "1 min 0 s"),
         (3599, "59 min 59 s"),
         (12_000, "3 h 20 min"),
-        (10**6, "277 h 46 min"),
+        (172_799, "47 h 59 min"),
+        (7 * 86_400, "7 d"),
+        (10**6, "11 d 13 h"),
     ],
 )
 def test_durations(seconds: float, text: str) -> None:

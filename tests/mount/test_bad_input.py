@@ -172,7 +172,8 @@ def test_a_workspace_of_a_newer_version(store: MountedStore, mode: tuple[str, ..
 def test_a_second_writing_daemon(store: MountedStore, mode: tuple[str, ...]) -> None:
     (store.ingest("kept/1") / "a").write_text("a")
     store.wait_stored(store.mnt / "ingest/kept/1/a")
-    expected = f"{store.state}: another daemon (pid {store.pid}) writes there; unmount it or set another state_dir"
+    who = f"another daemon (pid {store.pid}) writes there, mounted at {store.mnt}"
+    expected = f"{store.state}: {who}; unmount it or set another state_dir"
     other = store.root / "other"
     other.mkdir()
     assert refused(store, other, mode=mode) == expected

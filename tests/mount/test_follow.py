@@ -7,7 +7,6 @@ import json
 import os
 import select
 import signal
-import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -28,12 +27,11 @@ from tests.mount.following import (
     replica_url,
     replicating,
 )
-from tests.mount.store import MountedStore, fails, run_tool, wait_until
+from tests.mount.store import MountedStore, fails, wait_until
 from tests.places import S3Place
 from tests.servers.relay import Relay
 from tests.servers.seaweedfs import SeaweedFS
 
-JOBS: Final = Path(__file__).parents[2] / "docs/jobs"
 SECONDS: Final = 20.0
 """Within which what is published is seen elsewhere: it takes two to three, on a busy host more."""
 
@@ -256,21 +254,3 @@ def test_a_follower_that_lags_behind_a_collection_shows_no_wrong_byte(
             (old / "large").read_bytes()
         link.restore()
         wait_until(lambda: not old.exists(), "it is gone here, too", seconds=SECONDS)
-
-
-def test_the_job_verifies_its_part_without_the_writer(writer: MountedStore, url: str, tmp_path: Path) -> None:
-    """docs/jobs/verify-shard, as a scheduler runs it: each part on a catalog of its own, together everything."""
-    settings = tmp_path / "castore.toml"
-    settings.write_text(writer.config.read_text().replace(f'"{writer.state}"', '"STATE_DIR"'))
-    here = {"CASTORE_SETTINGS": str(settings), "REPLICA_URL": url, "TMPDIR": str(tmp_path)}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    parts = []
-    for index in range(2):
-        found = run_tool(JOBS / "verify-shard", str(index), "2", env=os.environ | here | {"PATH": path})
-        lines = [json.loads(line) for line in found.splitlines()]
-        parts.append({line["digest"] for line in lines if "digest" in line})
-    assert not parts[0] & parts[1]
-    here_too = [json.loads(line) for line in writer.castore("storage", "verify", "--json").splitlines()]
-    assert parts[0] | parts[1] == {line["digest"] for line in here_too if "digest" in line}
-    assert list(tmp_path.iterdir()) == [settings]
-    run_tool("bash", "-n", JOBS / "verify.slurm")
