@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
 from castore.catalog.connection import create_workspace
 from castore.catalog.records import Kind
 from castore.catalog.workspace import Node, WorkspaceStore
 from castore.errors import NameTooLong
-from castore.ingest.draft import manifest_entries
+from castore.ingest.draft import Draft, manifest_entries, write_draft
+from castore.ingest.labels import Labels
 from castore.registry.manifest_rules import PATH_BYTES_MAX
 
 ROOT = 1000
@@ -66,3 +68,24 @@ def test_links_of_one_file_far_from_each_other(store: WorkspaceStore) -> None:
     deep = [b"deep"] * 30
     first = b"/".join([*deep[:20], b"first"])
     assert linked == {first: None, b"/".join([*deep[:25], b"third"]): first, b"/".join([*deep, b"second"]): first}
+
+
+async def test_a_draft_ends_with_its_task(store: WorkspaceStore, tmp_path: Path) -> None:
+    """A rename has two minutes; a tree that is deep all over would take longer."""
+    _deep(store, 4000, b"d" * 255)
+    root = store.node(ROOT)
+    assert root is not None
+    draft = Draft(
+        name="n",
+        version="1",
+        name_node=root,
+        root=root,
+        owner=None,
+        labels=Labels("producer", "standard", 0),
+        backend_ids=("local",),
+        published_at_ns=0,
+        shares_inodes=False,
+    )
+    with trio.move_on_after(0.2) as scope:
+        await trio.to_thread.run_sync(write_draft, tmp_path / "manifest", draft, store.path, lambda inode: tmp_path)
+    assert scope.cancelled_caught
