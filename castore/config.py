@@ -104,6 +104,11 @@ class StoreSettings:
         return self.run_dir / "control.sock"
 
     @property
+    def puts_dir(self) -> Path:
+        """Who puts beside the daemon, and lives."""
+        return self.run_dir / "puts"
+
+    @property
     def followed_path(self) -> Path:
         """Tells that the catalog is a copy of another host's, kept up to date by `castore mount --follow`."""
         return self.state_dir / "followed.json"

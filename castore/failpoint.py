@@ -54,6 +54,11 @@ COMMAND_POINTS: Final = {
     "gc.forgotten": "and their rows",
     "upgrade.copied": "an older catalog is copied, and not changed",
     "upgrade.migrated": "it is changed, and nothing is committed",
+    "repair.kept": "good bytes of a failed location lie aside, nothing is noted",
+    "repair.intended": "the intent of their put is committed, nothing is sent",
+    "put.part": "a server has a part of an object, which is not there yet",
+    "repair.put": "the backend has acknowledged, nothing is read back",
+    "repair.recorded": "the location is verified, nobody was told",
     "export.filled": "every file of an export is written, its directory is not in its place",
 }
 """The same of commands that work beside a daemon."""

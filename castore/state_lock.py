@@ -1,4 +1,4 @@
-"""The locks of a state directory: one process at a time writes its workspace, one delivers its events.
+"""The locks of a state directory: one process at a time writes its workspace, one delivers its events; and who puts.
 
 Says who holds one, guards nothing more.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-from contextlib import suppress
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Literal
 
@@ -48,6 +50,52 @@ def take_lock(path: Path, state_dir: Path, *, holder: Holder = "daemon") -> int:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}{'' if holder == 'daemon' else f' {holder}'}\n".encode(), 0)
     return descriptor
+
+
+def take_owner(folder: Path) -> tuple[str, int]:
+    """A name under which a command puts, below `run/puts/`, and the descriptor that says that it lives."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    while True:
+        owner = str(uuid.uuid4())
+        descriptor = os.open(folder / owner, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return owner, descriptor
+        os.close(descriptor)  # somebody took it for a dead one's, in the moment before it was locked
+
+
+def owners(folder: Path) -> set[str]:
+    """All that put, or did and died."""
+    return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
+def living_owners(folder: Path) -> set[str]:
+    """Those of them whose process lives."""
+    living = set()
+    for owner in owners(folder):
+        with dead_owner(folder, owner) as is_dead:
+            if not is_dead:
+                living.add(owner)
+    return living
+
+
+@contextmanager
+def dead_owner(folder: Path, owner: str) -> Iterator[bool]:
+    """Whether its process is dead; nobody else finds it so while inside."""
+    try:
+        descriptor = os.open(folder / owner, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield bool(os.fstat(descriptor).st_nlink)
+    finally:
+        os.close(descriptor)
 
 
 def holder_cannot_end(path: Path) -> bool:

@@ -59,10 +59,14 @@ def make(
     return attributes
 
 
-def of_entry(entry: Entry) -> pyfuse3.EntryAttributes:
-    """Attributes of an entry below a published VERSION. Directories say nlink 1: their links are not counted."""
+def of_entry(entry: Entry, inode: int = 0) -> pyfuse3.EntryAttributes:
+    """Attributes of an entry below a published VERSION. Directories say nlink 1: their links are not counted.
+
+    `inode` is for an answer to whoever asked by number: the kernel may still know a file that shows another's number
+    under its own, which it had in ingest/.
+    """
     return make(
-        entry.inode,
+        inode or entry.shown_inode,
         _TYPES[entry.kind] | entry.mode,
         uid=entry.uid,
         gid=entry.gid,

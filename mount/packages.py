@@ -69,15 +69,15 @@ class PackagesTree:
             )
         entry = self._catalog.entry(inode)
         if entry is not None:
-            return self._of_entry(entry)
+            return self._of_entry(entry, inode)
         name = self.name_of(inode)
         if name is None:
             return self._of_tag(self._tag(inode))
         return self._of_latest(name) if inode == name.latest_inode else self._of_name(name)
 
-    def _of_entry(self, entry: Entry) -> pyfuse3.EntryAttributes:
-        self._recent.add(entry.inode)
-        attributes = of_entry(entry)
+    def _of_entry(self, entry: Entry, inode: int = 0) -> pyfuse3.EntryAttributes:
+        attributes = of_entry(entry, inode)
+        self._recent.add(attributes.st_ino)
         if entry.kind is Kind.DIRECTORY and self._is_root(entry):
             attributes.entry_timeout = attributes.attr_timeout = CHANGING_SECONDS
         return attributes
@@ -206,7 +206,7 @@ class PackagesTree:
             entries = self._catalog.children(inode, after, PAGE)
             page = [(entry.entry_id, entry.name, of_entry(entry)) for entry in entries]
             for entry in entries:
-                self._recent.add(entry.inode)
+                self._recent.add(entry.shown_inode)
             if inode in self._recent:
                 self._recent.keep(inode, after, page)
         return page

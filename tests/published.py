@@ -167,7 +167,7 @@ class PublishedStore:
 
     def _add_entry(self, number: int, parent: int, name: bytes, kind: Kind, blob_id: int) -> None:
         self.execute(
-            "INSERT INTO entries VALUES (?, ?, ?, ?, ?, 420, 0, 0, 1, 1, 0, 1, ?, x'')",
+            "INSERT INTO entries VALUES (?, ?, ?, ?, ?, 420, 0, 0, 1, 1, 0, 1, ?, x'', 0)",
             *(number, parent, name, number, int(kind), blob_id),
         )
 

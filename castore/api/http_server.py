@@ -227,12 +227,14 @@ class _Connection:
             reason=HTTPStatus(response.status).phrase.encode(),
             headers=list(headers.items()),
         )
-        data = self._h11.send(head) or b""
+        pieces = [self._h11.send(head) or b""]
         if not head_only:
-            data += self._h11.send(h11.Data(data=response.body)) or b""
-        data += self._h11.send(h11.EndOfMessage()) or b""
+            # Not joined: of a body that nobody takes there is one copy, however many callers there are.
+            pieces.append(self._h11.send(h11.Data(data=response.body)) or b"")
+        pieces.append(self._h11.send(h11.EndOfMessage()) or b"")
         with trio.move_on_after(SEND_SECONDS) as scope:
-            await self._stream.send_all(data)
+            for piece in filter(None, pieces):
+                await self._stream.send_all(piece)
         if scope.cancelled_caught:
             raise trio.BrokenResourceError("the caller takes no answer")
 

@@ -413,7 +413,7 @@ class PackageTree:
 
     def _insert(self, number: int, parent_id: int, name: bytes, inode: int, columns: Sequence[Any]) -> None:
         cursor = self._execute(
-            "INSERT OR IGNORE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR IGNORE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
             (number, parent_id, name, inode, *columns),
         )
         if not cursor.rowcount:

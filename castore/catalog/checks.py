@@ -97,6 +97,7 @@ CHECKS: Final = (
         "WHERE NOT EXISTS (SELECT 1 FROM sequences WHERE name = 'inode') UNION ALL "
         "SELECT 'sequences', 'the next inode is ' || next_value || ', but ' || used || ' is used' FROM sequences, "
         "(SELECT max(coalesce((SELECT max(entry_id) FROM entries), 0), "
+        "coalesce((SELECT max(shared_inode) FROM entries WHERE shared_inode <> 0), 0), "
         "coalesce((SELECT max(max(inode, latest_inode)) FROM package_names), 0)) AS used) "
         f"WHERE name = 'inode' AND (next_value <= used OR next_value {_INODE_IS_WRONG})",
     ),
@@ -114,7 +115,9 @@ CHECKS: Final = (
                 (
                     "inode = latest_inode OR EXISTS (SELECT 1 FROM package_names AS other "
                     "WHERE other.inode = here.latest_inode) "
-                    "OR EXISTS (SELECT 1 FROM entries WHERE entry_id IN (here.inode, here.latest_inode))"
+                    "OR EXISTS (SELECT 1 FROM entries WHERE entry_id IN (here.inode, here.latest_inode)) "
+                    "OR EXISTS (SELECT 1 FROM entries WHERE shared_inode IN (here.inode, here.latest_inode) "
+                    "  AND shared_inode <> 0)"
                 ),
                 "'one of its inodes is used twice'",
             ),
@@ -300,6 +303,28 @@ CHECKS: Final = (
         "UNION ALL SELECT max(entry_id), max(nlink), count(*) FROM entries WHERE entry_id <> inode GROUP BY inode) "
         "WHERE nlink <> 1 + names",
         holds_in_purge=False,
+    ),
+    Check(
+        "shared",
+        "files that show one inode are alike",
+        RESTORE,
+        "SELECT here.entry_id, CASE "
+        f"WHEN here.shared_inode {_INODE_IS_WRONG} THEN 'shows an inode that is out of range' "
+        "WHEN here.kind <> 2 OR here.nlink <> 1 OR here.inode <> here.entry_id OR here.shared_inode = here.entry_id "
+        "  THEN 'is no file of its own, but shows the inode of another' "
+        "WHEN EXISTS (SELECT 1 FROM entry_attributes WHERE inode IN (here.entry_id, here.shared_inode)) "
+        "  THEN 'shows a shared inode, and one of both has attributes' "
+        "ELSE 'differs from what has the same inode' END "
+        "FROM entries AS here LEFT JOIN entries AS other ON other.entry_id = coalesce("
+        "  (SELECT entry_id FROM entries WHERE entry_id = here.shared_inode), "
+        "  (SELECT min(entry_id) FROM entries WHERE shared_inode = here.shared_inode AND shared_inode <> 0)) "
+        f"WHERE here.shared_inode <> 0 AND (here.shared_inode {_INODE_IS_WRONG} "
+        "OR here.kind <> 2 OR here.nlink <> 1 OR here.inode <> here.entry_id OR here.shared_inode = here.entry_id "
+        "OR EXISTS (SELECT 1 FROM entry_attributes WHERE inode IN (here.entry_id, here.shared_inode)) "
+        "OR other.inode <> other.entry_id OR other.shared_inode NOT IN (0, here.shared_inode) "
+        "OR (other.kind, other.mode, other.uid, other.gid, other.mtime_ns, other.ctime_ns, other.size_bytes, "
+        "other.nlink, other.blob_id) IS NOT (here.kind, here.mode, here.uid, here.gid, here.mtime_ns, here.ctime_ns, "
+        "here.size_bytes, here.nlink, here.blob_id))",
     ),
     Check(
         "attributes",

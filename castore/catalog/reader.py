@@ -26,11 +26,15 @@ from castore.digest import BlobSummary, Digest
 from castore.errors import StateError
 
 _ENTRY: Final = (
-    "entry_id, parent_id, name, inode, kind, mode, uid, gid, mtime_ns, ctime_ns, size_bytes, nlink, blob_id, target"
+    "entry_id, parent_id, name, inode, kind, mode, uid, gid, mtime_ns, ctime_ns, size_bytes, nlink, blob_id, target, "
+    "shared_inode"
 )
+_ENTRY_COLUMNS: Final = 15
 _ENTRY_OF: Final = ", ".join(f"entries.{column}" for column in _ENTRY.split(", "))
 _BLOB: Final = "blob_id, algorithm, digest, size_bytes, block_size_bytes, checksum_algorithm, checksums"
 _BLOB_OF: Final = ", ".join(f"blobs.{column}" for column in _BLOB.split(", "))
+_BY_NUMBER: Final = ("entry_id = ?", "shared_inode = ? AND shared_inode <> 0 LIMIT 1")
+"""How an inode number is found: its own entry, or, where that was purged, one that shows it. Those are all alike."""
 _LOOKED_AT: Final = 1024
 """Entries among which the next directory is looked for: a quarter of a millisecond."""
 _NAME: Final = "name, inode, latest_inode, uid, gid, mode, mtime_ns, latest_version"
@@ -118,21 +122,25 @@ class CatalogReader:
     # entries
 
     def entry(self, inode: int) -> Entry | None:
-        """The entry whose inode this is (the first name of a hard-linked one)."""
-        row = self._one(f"SELECT {_ENTRY} FROM entries WHERE entry_id = ?", inode)
-        return None if row is None else _entry(row)
+        """The entry whose inode this is (the first name of a hard-linked one), or one that shows it."""
+        for where in _BY_NUMBER:
+            row = self._one(f"SELECT {_ENTRY} FROM entries WHERE {where}", inode)
+            if row is not None:
+                return _entry(row)
+        return None
 
     def file(self, inode: int) -> tuple[Entry, Blob | None] | None:
-        """The entry whose inode this is, and its blob, when it is a file. One query is half of what two cost."""
-        row = self._one(
-            f"SELECT {_ENTRY_OF}, {_BLOB_OF} FROM entries LEFT JOIN blobs ON blobs.blob_id = entries.blob_id "
-            "WHERE entry_id = ?",
-            inode,
-        )
-        if row is None:
-            return None
-        entry = _entry(row[:14])
-        return entry, None if row[14] is None else _blob(row[14:])
+        """As `entry`, with its blob when it is a file. One query is half of what two cost."""
+        for where in _BY_NUMBER:
+            row = self._one(
+                f"SELECT {_ENTRY_OF}, {_BLOB_OF} FROM entries LEFT JOIN blobs ON blobs.blob_id = entries.blob_id "
+                f"WHERE {where}",
+                inode,
+            )
+            if row is not None:
+                entry, blob = row[:_ENTRY_COLUMNS], row[_ENTRY_COLUMNS:]
+                return _entry(entry), None if blob[0] is None else _blob(blob)
+        return None
 
     def lookup(self, parent_id: int, name: bytes) -> Entry | None:
         """The entry of that name in a directory."""

@@ -44,7 +44,8 @@ class FailureReason(enum.StrEnum):
 class Entry:
     """One name in a published package. Hard links are several entries with one `inode`.
 
-    `blob_id` is 0 unless the entry is a file; `target` is empty unless it is a symbolic link.
+    `blob_id` is 0 unless the entry is a file; `target` is empty unless it is a symbolic link. `shared_inode` is 0
+    unless mounts show the number of an equal file of another package.
     """
 
     entry_id: int
@@ -61,6 +62,12 @@ class Entry:
     nlink: int
     blob_id: int
     target: bytes
+    shared_inode: int
+
+    @property
+    def shown_inode(self) -> int:
+        """The inode number that mounts show under this name."""
+        return self.shared_inode or self.inode
 
 
 @dataclass(frozen=True, slots=True)

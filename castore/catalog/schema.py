@@ -9,6 +9,8 @@ What columns are that have no comment where they stand:
     name, version                   NAME and VERSION; the name of an entry or of an attribute
     value                           of an attribute
     inode, version_inode            of the entry that it is about; of the VERSION directory
+    shared_inode                    what mounts show instead of `inode`: the number of an equal file of another package,
+                                    whose row may be gone by now; 0 for none. See castore.catalog.sharing
     kind                            1 directory, 2 file, 3 symbolic link
     uid, gid, nlink                 owner, group, number of names
     mtime_ns, ctime_ns              when the content changed last; when anything did
@@ -32,7 +34,7 @@ from typing import Final
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
-SCHEMA_VERSION: Final = 6
+SCHEMA_VERSION: Final = 7
 """`PRAGMA user_version` of a catalog that has every migration below."""
 
 catalog_migrations = Migrations("castore.catalog")
@@ -277,6 +279,18 @@ _TABLES_6: Final = (
 @catalog_migrations(name="0006_deletion_and_tags")
 def _sixth(db: Database) -> None:
     for statement in _TABLES_6:
+        db.execute(statement)
+
+
+_TABLES_7: Final = (
+    "ALTER TABLE entries ADD COLUMN shared_inode INTEGER NOT NULL DEFAULT 0",
+    "CREATE INDEX entries_by_shared_inode ON entries (shared_inode) WHERE shared_inode <> 0",
+)
+
+
+@catalog_migrations(name="0007_shared_inodes")
+def _seventh(db: Database) -> None:
+    for statement in _TABLES_7:
         db.execute(statement)
 
 

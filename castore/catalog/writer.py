@@ -76,17 +76,22 @@ class Transaction:
         for digest, backend_id in self.being_deleted(pairs):
             raise DeletionUnderWay(f"backend {backend_id}: {digest} is being deleted just now; try again")
 
-    def drop_intents(self, pairs: Iterable[tuple[Digest, str]]) -> None:
-        """Forget intents of puts of which nothing unfinished is left in the backend."""
+    def drop_intents(self, pairs: Iterable[tuple[Digest, str]], *, of: str = "") -> None:
+        """Forget intents of puts of which nothing unfinished is left in the backend; with `of`, that owner's alone."""
         self._connection.executemany(
-            "DELETE FROM put_intents WHERE digest = ? AND algorithm = ? AND backend_id = ?",
-            [(digest.raw, digest.algorithm, backend_id) for digest, backend_id in pairs],
+            "DELETE FROM put_intents WHERE digest = ? AND algorithm = ? AND backend_id = ? AND ? IN ('', owner)",
+            [(digest.raw, digest.algorithm, backend_id, of) for digest, backend_id in pairs],
         )
 
-    def intents_of_others(self, owner: str) -> list[tuple[Digest, str]]:
-        """The puts that other processes began and did not end: (digest, backend id) of each."""
-        rows = self._execute("SELECT algorithm, digest, backend_id FROM put_intents WHERE owner <> ?", (owner,))
+    def intents_of(self, owner: str) -> list[tuple[Digest, str]]:
+        """The puts that a process began and did not end: (digest, backend id) of each."""
+        rows = self._execute("SELECT algorithm, digest, backend_id FROM put_intents WHERE owner = ?", (owner,))
         return [(Digest(row[0], row[1]), row[2]) for row in rows]
+
+    def intents_of_others(self, owner: str, *, living: Collection[str] = ()) -> list[tuple[Digest, str]]:
+        """The same of all other processes but those that live."""
+        rows = self._execute("SELECT algorithm, digest, backend_id, owner FROM put_intents WHERE owner <> ?", (owner,))
+        return [(Digest(row[0], row[1]), row[2]) for row in rows if row[3] not in living]
 
     def drop_intents_of_others(self, pairs: Iterable[tuple[Digest, str]], owner: str) -> None:
         """As `drop_intents`, unless this process began such a put itself meanwhile."""
@@ -376,7 +381,7 @@ class Transaction:
         self._execute(
             "INSERT INTO entries SELECT link_id, iif(link.inode = :root, :parent, link.parent), "
             "iif(link.inode = :root, :name, link.name), link.inode, kind, mode & 511, coalesce(:uid, uid), "
-            "coalesce(:gid, gid), mtime_ns, :now, node.size_bytes, nlink, coalesce(blob_id, 0), target "
+            "coalesce(:gid, gid), mtime_ns, :now, node.size_bytes, nlink, coalesce(blob_id, 0), target, 0 "
             "FROM workspace.nodes AS node JOIN workspace.links AS link ON link.inode = node.inode "
             "LEFT JOIN blobs ON blobs.digest = node.digest AND blobs.algorithm = node.algorithm "
             "WHERE version_inode = :root",

@@ -77,6 +77,7 @@ def gc(
             config.store.catalog_path,
             backends,
             workspace=config.store.workspace_path,
+            puts_dir=config.store.puts_dir,
             restore_within_seconds=retention.restore_within_seconds if grace is None else grace,
             orphans_after_seconds=retention.orphans_after_seconds if grace is None else grace,
             deletes=deletes,

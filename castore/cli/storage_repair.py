@@ -84,6 +84,7 @@ class _Run:
             backends,
             targets=self._targets,
             folder=self._config.store.state_dir,
+            puts_dir=self._config.store.puts_dir,
             cache=cache,
             directory=self._directory,
             on_outcome=self._tell,

@@ -107,6 +107,7 @@ class _Run:
             source=source,
             target=target,
             folder=self._config.store.state_dir,
+            puts_dir=self._config.store.puts_dir,
             package=self._package,
             on_outcome=self._tell,
         )

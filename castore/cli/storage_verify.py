@@ -102,13 +102,14 @@ class _Run:
         self._reader = reader
         self._as_json = as_json
         self._long = LongRun(f"verifying {printable(', '.join(backends))}", backends.values())
-        self._started = time.monotonic()
+        self._started: float
         self._tally: Tally
 
     async def main(self, pace: Pace) -> None:
         """The scrub, with progress, until it is done or interrupted. Raises StateError, and OSError of the output."""
         from castore.verify.scrub import Scrub
 
+        self._started = time.monotonic()
         scrub = Scrub(
             self._config.store.catalog_path,
             self._backends,

@@ -136,7 +136,13 @@ class BulkImport:
             with self._files.room.leaving(version_inode):
                 await publisher.wait_stored(version_inode)
             try:
-                await publisher.publish(version_inode, order.name, order.version.encode(), wait_seconds=wait_seconds)
+                await publisher.publish(
+                    version_inode,
+                    order.name,
+                    order.version.encode(),
+                    wait_seconds=wait_seconds,
+                    shares_inodes=True,
+                )
                 return
             except PublishBusy:
                 if not left:

@@ -21,7 +21,10 @@ from castore.registry.manifest_rules import PATH_BYTES_MAX
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """A frozen version and what it is published as. `owner` (uid, gid) replaces that of each entry, unless None."""
+    """A frozen version and what it is published as. `owner` (uid, gid) replaces that of each entry, unless None.
+
+    With `shares_inodes`, files may show the inode numbers of equal ones of other packages.
+    """
 
     name: str
     version: str
@@ -31,6 +34,7 @@ class Draft:
     labels: Labels
     backend_ids: tuple[str, ...]
     published_at_ns: int
+    shares_inodes: bool
 
 
 def write_draft(path: Path, draft: Draft, workspace: Path, path_of: Callable[[int], Path]) -> BlobSummary:

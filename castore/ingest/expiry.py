@@ -10,7 +10,9 @@ from typing import Final
 import trio
 
 from castore.catalog.workspace import WorkspaceStore
+from castore.errors import StateError
 from castore.ingest.files import StagedFiles
+from castore.seldom import SeldomLog
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class ExpiryWatch:
         self._store = store
         self._files = files
         self._after_seconds = after_seconds
+        self._complaints = SeldomLog(log)
         self._told: set[int] = set()
         self.expired: tuple[Expired, ...] = ()
         """As of the last look, by reference."""
@@ -42,7 +45,10 @@ class ExpiryWatch:
     async def run(self) -> None:
         """Look until cancelled; return at once when nothing expires."""
         while self._after_seconds:
-            await self._look()
+            try:
+                await self._look()
+            except StateError as exc:  # housekeeping: no reason to end a mount
+                self._complaints.warning("expiry", f"versions that expired are not looked for: {exc}")
             await trio.sleep(min(LOOK_SECONDS, self._after_seconds / _LOOKS))
 
     async def _look(self) -> None:

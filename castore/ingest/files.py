@@ -194,13 +194,13 @@ class StagedFiles:
         os.close(file.descriptor)
         if file.is_published:
             return
-        node = self._store.node(file.inode)
-        if node is None or node.nlink == 0:
-            self.remove(file.inode, file.uid, file.size_bytes)
-            try:
+        try:
+            node = self._store.node(file.inode)
+            if node is None or node.nlink == 0:
+                self.remove(file.inode, file.uid, file.size_bytes)
                 self._store.delete_node(file.inode)
-            except StateError as exc:
-                log.warning("unlinked file %x is forgotten at the next start: %s", file.inode, exc)
+        except StateError as exc:
+            log.warning("whether staged file %x is unlinked is looked at again at the next start: %s", file.inode, exc)
 
     # bytes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Final
 
 import trio
@@ -14,6 +15,7 @@ from castore.digest import Digest
 from castore.errors import ConfigError, NotFound, StateError, StorageError
 from castore.registry.routing import Route
 from castore.seldom import SeldomLog
+from castore.state_lock import living_owners
 from castore.storage.spi import StorageBackend
 
 log = logging.getLogger(__name__)
@@ -25,7 +27,10 @@ the same backend."""
 
 
 class Leftovers:
-    """For one daemon, which holds the state directory's lock. `route` tells where the files of a version go."""
+    """For one daemon, which holds the state directory's lock. `route` tells where the files of a version go.
+
+    `puts_dir` tells which commands are putting beside it.
+    """
 
     def __init__(
         self,
@@ -35,6 +40,7 @@ class Leftovers:
         backends: Mapping[str, StorageBackend],
         route: Callable[[int], Awaitable[Route]],
         owner: str,
+        puts_dir: Path,
     ) -> None:
         self._store = store
         self._writer = writer
@@ -42,6 +48,7 @@ class Leftovers:
         self._route = route
         self._owner = owner
         self._complaints = SeldomLog(log)
+        self._puts_dir = puts_dir
 
     def is_wanted(self, digest: Digest) -> bool:
         """Whether staged files with these bytes wait to be stored somewhere."""
@@ -71,7 +78,10 @@ class Leftovers:
 
     async def _try(self) -> bool:
         try:
-            begun = await self._writer.run(lambda transaction: transaction.intents_of_others(self._owner))
+            living = await trio.to_thread.run_sync(living_owners, self._puts_dir)
+            begun = await self._writer.run(
+                lambda transaction: transaction.intents_of_others(self._owner, living=living)
+            )
             all_done = True
             for digest, backend_id in begun:
                 # One that is wanted becomes an intent of this daemon when it is put again.

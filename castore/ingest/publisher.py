@@ -18,7 +18,7 @@ from typing import Final
 
 import trio
 
-from castore.catalog import tagging
+from castore.catalog import sharing, tagging
 from castore.catalog.records import Kind
 from castore.catalog.workspace import Publishing, WorkspaceStore
 from castore.catalog.writer import CatalogWriter, Transaction
@@ -212,9 +212,18 @@ class Publisher:
     # publishing
 
     async def publish(
-        self, version_inode: int, name: str, version: bytes, *, wait_seconds: float, report: Report = _silent
+        self,
+        version_inode: int,
+        name: str,
+        version: bytes,
+        *,
+        wait_seconds: float,
+        report: Report = _silent,
+        shares_inodes: bool = False,
     ) -> None:
         """Publish an ingest version as NAME/VERSION; returns when G1 holds.
+
+        With `shares_inodes`, files may have other inode numbers than in ingest/: see `castore.catalog.sharing`.
 
         Raises PackageExists, PublishBusy (open for writing; or not stored within `wait_seconds`; or being published by
         someone else), InvalidName (another NAME), NameTooLong, SumsMismatch, StorageError, StateError. On every error
@@ -225,12 +234,14 @@ class Publisher:
             if not is_valid_version(version):
                 raise InvalidName(f"not a package VERSION: {version!r}")
             with self._files.room.leaving(version_inode):
-                await self._publish(version_inode, name, version.decode(), wait_seconds, report)
+                await self._publish(version_inode, name, version.decode(), wait_seconds, report, shares_inodes)
         except CastoreError as exc:
             self._store.update_node(version_inode, error=str(exc))
             raise
 
-    async def _publish(self, version_inode: int, name: str, version: str, wait_seconds: float, report: Report) -> None:
+    async def _publish(
+        self, version_inode: int, name: str, version: str, wait_seconds: float, report: Report, shares_inodes: bool
+    ) -> None:
         deadline = trio.current_time() + wait_seconds
         await self.check_absent(name, version)
         place = self._place(version_inode)
@@ -248,7 +259,7 @@ class Publisher:
         labels = await self._labels.labels(version_inode)
         route = await self._uploader.route(version_inode)
         async with self._frozen(version_inode, place):
-            draft = self._draft(version_inode, name, version, labels, route)
+            draft = self._draft(version_inode, name, version, labels, route, shares_inodes)
             await self._undo_earlier(draft)
             try:
                 manifest = await self._put_manifest(draft, deadline)
@@ -309,7 +320,9 @@ class Publisher:
         finally:
             self._tree.thaw(version_inode)
 
-    def _draft(self, version_inode: int, name: str, version: str, labels: Labels, route: Route) -> Draft:
+    def _draft(
+        self, version_inode: int, name: str, version: str, labels: Labels, route: Route, shares_inodes: bool
+    ) -> Draft:
         self._store.settle_cookies(version_inode)
         root = self._tree.get(version_inode)
         return Draft(
@@ -321,6 +334,7 @@ class Publisher:
             labels=labels,
             backend_ids=route.backend_ids,
             published_at_ns=time.time_ns(),
+            shares_inodes=shares_inodes,
         )
 
     async def _put_manifest(self, draft: Draft, deadline: float) -> BlobSummary:
@@ -373,6 +387,7 @@ class Publisher:
             )
             file_count, size_bytes = transaction.version_totals(draft.root.inode)
             transaction.strengthen_checksums(draft.root.inode)
+            shared = sharing.equal_files(transaction, draft.root.inode, draft.owner) if draft.shares_inodes else []
             transaction.copy_entries(
                 draft.root.inode,
                 parent_id=parent_id,
@@ -380,6 +395,7 @@ class Publisher:
                 now_ns=draft.published_at_ns,
                 owner=draft.owner,
             )
+            sharing.share_inodes(transaction, shared)
             transaction.add_package(
                 name=draft.name,
                 version=draft.version,

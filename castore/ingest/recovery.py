@@ -11,6 +11,7 @@ from castore.catalog.records import Kind
 from castore.catalog.workspace import Publishing, WorkspaceStore
 from castore.catalog.writer import CatalogWriter, Transaction
 from castore.digest import SHA256_BLOCKS
+from castore.errors import StateError
 from castore.ingest.files import StagedFiles
 from castore.ingest.publisher import Publisher
 from castore.registry.routing import Router
@@ -88,8 +89,12 @@ async def recover_bytes(
     for node in store.receiving():
         files.rehash(node.inode)
     for note in notes:
-        # Every configured backend: the route may have changed since.
-        await publisher.undo(note, tuple(sorted(router.backend_ids)))
+        try:
+            # Every configured backend: the route may have changed since.
+            await publisher.undo(note, tuple(sorted(router.backend_ids)))
+        except StateError as exc:
+            what = f"the manifest of unpublished {note.name}/{note.version} stays until the next try or start"
+            log.warning("%s: %s", what, exc)
 
 
 def _is_inode(name: str) -> bool:

@@ -87,6 +87,7 @@ class Ingest:
             backends=backends,
             route=lambda version_inode: self.uploader.route(version_inode),
             owner=self._owner,
+            puts_dir=config.store.puts_dir,
         )
         self.uploader = Uploader(
             self.store,

@@ -30,6 +30,7 @@ from castore.registry.deletion import SEND_SECONDS, end_purge, is_over, record_g
 from castore.storage.spi import ObjectInfo, StorageBackend
 from castore.verify.batches import transact
 from castore.verify.first_error import FirstError
+from castore.verify.own_puts import clear_dead_puts
 
 BATCH_OBJECTS: Final = 256
 """Objects that share a mark: some 10 ms of the write lock, and what a kill leaves marked at most."""
@@ -95,7 +96,7 @@ class GarbageCollection:
     """One run. Without `deletes` it looks only. Whoever deletes holds the turn of `castore.registry.deletion.gc_turn`.
 
     `in_use` gives the digests that a daemon's readers have open. `on_forgotten` is called, in a thread, with each blob
-    that the catalog forgot. `workspace` is the database of ingest/.
+    that the catalog forgot. `workspace` is the database of ingest/, `puts_dir` tells who puts beside the daemon.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class GarbageCollection:
         backends: Mapping[str, StorageBackend],
         *,
         workspace: Path,
+        puts_dir: Path,
         restore_within_seconds: float,
         orphans_after_seconds: float,
         deletes: bool,
@@ -117,6 +119,7 @@ class GarbageCollection:
         self._catalog_path = catalog_path
         self._backends = backends
         self._workspace = workspace
+        self._puts_dir = puts_dir
         self._restorable_ns = now - int(restore_within_seconds * 1e9)
         self._young_ns = now - int(orphans_after_seconds * 1e9)
         self._deletes = deletes
@@ -144,6 +147,7 @@ class GarbageCollection:
                 stack.callback(workspace.close)
                 workspace.execute("SELECT count(*) FROM names").fetchone()
             if self._deletes:
+                await clear_dead_puts(self._writer, self._backends, self._puts_dir)
                 await self._resume()
             await self._purge_all()
             for backend_id in self._backends:

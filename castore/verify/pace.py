@@ -29,6 +29,11 @@ class Pace:
         self._is_busy = is_busy
         self._free_at = 0.0
 
+    @property
+    def is_free(self) -> bool:
+        """Whether no piece ever waits, however large."""
+        return not self._bytes_per_s and self._is_busy is None
+
     def workers(self, most: int) -> int:
         """How many objects at a time that rate needs, up to `most`.
 

@@ -13,7 +13,6 @@ import enum
 import os
 import stat
 import time
-import uuid
 from array import array
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from castore.catalog.scrub import LocationRow
 from castore.catalog.writer import CatalogWriter, Transaction
 from castore.digest import PRIMARY_ALGORITHM
 from castore.errors import StorageError
+from castore.failpoint import failpoint
 from castore.registry.locations import Finding, record_finding, record_repair
 from castore.storage.spi import StorageBackend
 from castore.verify.aside import Aside, AsideRoom
@@ -37,6 +37,7 @@ from castore.verify.backend_scrub import ERRORS_IN_A_ROW, WORKERS
 from castore.verify.batches import BATCH_LOCATIONS, commit_batches, transact
 from castore.verify.first_error import FirstError
 from castore.verify.good_copies import GoodCopies, GoodCopy, Said
+from castore.verify.own_puts import own_puts
 from castore.verify.reading import ObjectReader
 from castore.verify.scrub import PAGE_LOCATIONS, finding_of
 
@@ -98,8 +99,9 @@ class Repair:
     """One run over the failed locations of the backends named by `targets`.
 
     `backends` are all that good copies may come from; `folder` is where larger objects are kept for a while, in files
-    without a name. `directory` is searched for what no backend and no cache has. `on_outcome` is called for each
-    location, after what became of it is committed; it must not block for long.
+    without a name, and `puts_dir` tells others that its puts live. `directory` is searched for what no backend and no
+    cache has. `on_outcome` is called for each location, after what became of it is committed; it must not block for
+    long.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Repair:
         *,
         targets: tuple[str, ...],
         folder: Path,
+        puts_dir: Path,
         cache: DiskCache | None = None,
         directory: Path | None = None,
         on_outcome: Callable[[RepairOutcome], None] = lambda _: None,
@@ -121,7 +124,8 @@ class Repair:
         self._cache = cache
         self._directory = directory
         self._on_outcome = on_outcome
-        self._owner = str(uuid.uuid4())
+        self._puts_dir = puts_dir
+        self._owner = ""
         self._errors = FirstError()
         self._room = AsideRoom(folder)
         self._readers = {backend_id: ObjectReader(backends[backend_id]) for backend_id in targets}
@@ -147,7 +151,10 @@ class Repair:
             self._copies = GoodCopies(self._catalog, self._backends, cache=self._cache)
             totals = await trio.to_thread.run_sync(self._catalog.failed_totals, self._targets)
             self.tally.total_count, self.tally.total_bytes = totals
-            async with trio.open_nursery() as nursery:
+            async with (
+                own_puts(self._writer, self._backends, self._puts_dir) as self._owner,
+                trio.open_nursery() as nursery,
+            ):
                 self._results, findings = trio.open_memory_channel[RepairOutcome](BATCH_LOCATIONS)
                 commit = partial(commit_batches, findings, self._commit)
                 nursery.start_soon(self._errors.guard, nursery.cancel_scope, commit)
@@ -280,9 +287,12 @@ class Repair:
                     if said.errors:
                         return outcome(Mended.NOT_REPAIRED, reason=before.reason, error=said.errors[0])
                     return outcome(Mended.NO_COPY, reason=before.reason)
+                failpoint("repair.kept")
                 if not await transact(self._writer, partial(self._begin, row)):
                     return outcome(Mended.CHANGED)
+                failpoint("repair.intended")
                 await self._backends[row.backend_id].put(row.digest, aside.source(blob.summary))
+            failpoint("repair.put")
             after = await self._readers[row.backend_id].judge(row.digest, row.size_bytes)
         except StorageError as exc:
             return outcome(Mended.NOT_REPAIRED, error=str(exc))
@@ -306,6 +316,7 @@ class Repair:
     async def _commit(self, batch: list[RepairOutcome]) -> None:
         """Record a batch and empty it. Raises StateError with the batch as it was."""
         told = await transact(self._writer, lambda transaction: [_record(transaction, outcome) for outcome in batch])
+        failpoint("repair.recorded")
         batch.clear()
         for outcome in told:
             self.tally.counts[outcome.result] += 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,6 +30,7 @@ from castore.verify.aside import AsideRoom
 from castore.verify.backend_scrub import ERRORS_IN_A_ROW, WORKERS
 from castore.verify.batches import BATCH_LOCATIONS, commit_batches, transact
 from castore.verify.first_error import FirstError
+from castore.verify.own_puts import own_puts
 from castore.verify.reading import ObjectReader, Reading
 from castore.verify.scrub import PAGE_LOCATIONS, finding_of
 
@@ -100,7 +100,8 @@ class CopyTally:
 class Replication:
     """One run from the backend `source` to the backend `target`, of one package or of all.
 
-    `folder` is where larger objects are kept for a while, in files without a name. `on_outcome` is called for each
+    `folder` is where larger objects are kept for a while, in files without a name, and `puts_dir` tells others that its
+    puts live. `on_outcome` is called for each
     object, after what became of it is committed; it must not block for long.
     """
 
@@ -111,6 +112,7 @@ class Replication:
         source: StorageBackend,
         target: StorageBackend,
         folder: Path,
+        puts_dir: Path,
         package: PackageCopy | None = None,
         on_outcome: Callable[[CopyOutcome], None] = lambda _: None,
     ) -> None:
@@ -122,7 +124,8 @@ class Replication:
         self._target = target
         self._package = package
         self._on_outcome = on_outcome
-        self._owner = str(uuid.uuid4())
+        self._puts_dir = puts_dir
+        self._owner = ""
         self._errors = FirstError()
         self._reader = ObjectReader(source)
         self._room = AsideRoom(folder)
@@ -145,13 +148,15 @@ class Replication:
             with contextlib.closing(counter):
                 # Counted as it is now, while the copying goes on.
                 await trio.to_thread.run_sync(counter.hold)
-                try:
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(self._errors.guard, nursery.cancel_scope, self._count, counter)
-                        await self._errors.guard(nursery.cancel_scope, self._copy_all, writer)
-                finally:
-                    with trio.CancelScope(shield=True), contextlib.suppress(CatalogBusy):
-                        await writer.run(self._forget_waiting)
+                backends = {self._target.backend_id: self._target}
+                async with own_puts(writer, backends, self._puts_dir) as self._owner:
+                    try:
+                        async with trio.open_nursery() as nursery:
+                            nursery.start_soon(self._errors.guard, nursery.cancel_scope, self._count, counter)
+                            await self._errors.guard(nursery.cancel_scope, self._copy_all, writer)
+                    finally:
+                        with trio.CancelScope(shield=True), contextlib.suppress(CatalogBusy):
+                            await writer.run(self._forget_waiting)
         self._errors.check()
         if ill and not self.tally.done_count:
             # There was nothing to copy, and yet it must not look as if all were well.

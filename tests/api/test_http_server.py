@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import trio
@@ -11,6 +14,7 @@ from trio.testing import MockClock
 
 from castore.api.http_server import (
     CONNECTIONS_MAX,
+    PART_SECONDS,
     REQUEST_MAX_BYTES,
     REQUEST_SECONDS,
     SEND_SECONDS,
@@ -188,6 +192,55 @@ async def test_a_caller_that_says_nothing_is_given_up(
     mock_clock.jump(REQUEST_SECONDS + 1)
     assert await caller.receive_raw() == b""
     await caller.stream.aclose()
+
+
+async def test_a_request_byte_by_byte_is_given_up(nursery: trio.Nursery, mock_clock: MockClock) -> None:
+    """The bound is of the whole request: another byte gives no more time."""
+    served = await start(nursery, respond)
+    caller = await served.connect()
+    with suppress(trio.BrokenResourceError):
+        for _ in range(int(REQUEST_SECONDS) + 2):
+            await caller.send(b"G")
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            mock_clock.jump(1)
+        assert await caller.receive_raw() == b""
+    await caller.stream.aclose()
+    assert (await served.get("/still")).status == 200
+
+
+async def test_a_body_without_end_is_not_taken(nursery: trio.Nursery, mock_clock: MockClock) -> None:
+    served = await start(nursery, respond)
+    caller = await served.connect()
+    await caller.send(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000000\r\n\r\n")
+
+    async def pour() -> None:
+        for number in range(1 << 14):
+            await caller.send(bytes(1 << 16))
+            if number == 64:
+                mock_clock.jump(PART_SECONDS + 1)
+
+    with pytest.raises(trio.BrokenResourceError):
+        await pour()
+    await caller.stream.aclose()
+    assert (await served.get("/still")).status == 200
+
+
+async def test_an_answer_that_nobody_takes_is_there_once(nursery: trio.Nursery) -> None:
+    """The callers' sockets are full; what waits for them is the same bytes."""
+    served = await start(nursery, respond)
+    before = resident_bytes()
+    callers = [await served.connect() for _ in range(CONNECTIONS_MAX)]
+    for caller in callers:
+        await caller.send(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert await caller.stream.receive_some(1) == b"H"
+    await trio.testing.wait_all_tasks_blocked()
+    assert resident_bytes() - before < 4 * len(LARGE)
+    for caller in callers:
+        await caller.stream.aclose()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 async def test_callers_are_few(served: Served) -> None:

@@ -204,7 +204,7 @@ async def test_many_of_everything(fetch: Fetch, store: PublishedStore) -> None:
     )
     store.execute(
         "INSERT INTO entries SELECT blob_id, (SELECT parent_id FROM entries WHERE inode = ?), "
-        "CAST('file-' || blob_id AS BLOB), blob_id, 2, 420, 0, 0, 1, 1, 1, 1, blob_id, x'' FROM blobs "
+        "CAST('file-' || blob_id AS BLOB), blob_id, 2, 420, 0, 0, 1, 1, 1, 1, blob_id, x'', 0 FROM blobs "
         "WHERE blob_id > 1000000",
         inode,
     )

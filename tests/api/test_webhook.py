@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+from trio.abc import Stream
 
 from castore.api.webhook import Webhook
 from castore.config_events import WebhookSettings
 from castore.config_values import SecretRef
 from castore.errors import DeliveryError
+from tests.servers.scripted_http import Handler, Request, serving
 from tests.servers.webhook_receiver import Behaviour, WebhookReceiver, half, hang_up, slow, status
 from tests.storage.s3.test_s3_tls import certificate
 
@@ -99,6 +102,67 @@ async def test_what_is_not_taken(receiver: WebhookReceiver, tmp_path: Path, beha
 async def test_a_deadline_is_for_the_whole_answer(receiver: WebhookReceiver, tmp_path: Path) -> None:
     receiver.script = [slow]
     assert "no whole answer within 0.3 s" in await refusal(webhook(receiver, tmp_path, timeout_seconds=0.3))
+
+
+async def send_for_ever(stream: Stream, begin: bytes, again: bytes) -> None:
+    await stream.send_all(begin)
+    while True:
+        await stream.send_all(again)
+
+
+async def interim(request: Request, stream: Stream) -> None:
+    await send_for_ever(stream, b"", b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n" * 1000)
+
+
+async def head(request: Request, stream: Stream) -> None:
+    await send_for_ever(stream, b"HTTP/1.1 204 No Content\r\n", b"x-again: and again\r\n" * 100)
+
+
+async def dribble(request: Request, stream: Stream) -> None:
+    for number in range(10_000):
+        await stream.send_all(b"HTTP/1.1 200 OK\r\ncontent-length: 10000\r\n\r\n" if number == 0 else b"x")
+        await trio.sleep(0.01)
+
+
+async def another_protocol(request: Request, stream: Stream) -> None:
+    await send_for_ever(stream, b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\n\r\n", bytes(1 << 16))
+
+
+@pytest.mark.parametrize(
+    ("handler", "said"),
+    [
+        (interim, "no whole answer within 0.5 s"),
+        (head, "no end of a head within 65536 bytes"),
+        (dribble, "no whole answer within 0.5 s"),
+        (another_protocol, "this is not HTTP"),
+    ],
+)
+async def test_an_answer_without_end(tmp_path: Path, handler: Handler, said: str) -> None:
+    async with serving(handler) as server:
+        there = WebhookReceiver(port=int(server.endpoint_url.rpartition(":")[2]))
+        assert said in await refusal(webhook(there, tmp_path, timeout_seconds=0.5))
+
+
+@pytest.mark.parametrize(("code", "is_taken"), [(200, True), (500, False)])
+async def test_a_body_without_end_is_read_to_a_bound(tmp_path: Path, code: int, is_taken: bool) -> None:
+    """The status says what is to be known."""
+    sent = 0
+
+    async def body(request: Request, stream: Stream) -> None:
+        nonlocal sent
+        await stream.send_all(b"HTTP/1.1 %d told\r\ntransfer-encoding: chunked\r\n\r\n" % code)
+        while True:
+            await stream.send_all(b"10000\r\n" + bytes(1 << 16) + b"\r\n")
+            sent += 1 << 16
+
+    async with serving(body) as server:
+        sink = webhook(WebhookReceiver(port=int(server.endpoint_url.rpartition(":")[2])), tmp_path)
+        if is_taken:
+            await sink.send(EVENTS)
+            await sink.aclose()
+        else:
+            assert "answers 500" in await refusal(sink)
+    assert sent < 64 << 20, "what the sockets of both sides hold, and COLLECTED_MAX_BYTES"
 
 
 async def test_a_receiver_that_asks_for_time(receiver: WebhookReceiver, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """How fast verify is beside a bare client that feeds hashlib, and the most memory that it needs. Tests nothing.
 
 python -m tests.bench.verify_speed DIR [--rounds N] [--local N] [--large N] [--large-mib N] [--small N]
-    [--memory-small N] [--skip-memory] [--skip-s3]
-In a folder with 20 GiB of room. Ends with 1 when the memory is above what is promised.
+    [--memory-large N] [--memory-small N] [--skip-memory] [--skip-speed] [--skip-s3]
+In a folder with 25 GiB of room. Ends with 1 when the memory is above what is promised.
 
 Everything of a round reads the same objects, from a server or a folder whose pages the host has in memory, in a process
 of its own. The time of verify is that of its summary: from its start on the event loop, without the interpreter's.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -24,12 +25,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import trio
 
 from castore.digest import BLOCK_SIZE_BYTES, BlobSummary, Digest
 from castore.storage.layout import key_of
+from castore.storage.open import open_backend
+from castore.storage.source import BytesSource
+from castore.storage.spi import Source
 from tests.places import LocalPlace, Place, S3Place
 from tests.published import PublishedStore
 from tests.servers.seaweedfs import SeaweedFS
@@ -38,6 +42,8 @@ MIB: Final = 1 << 20
 LIMIT_BYTES: Final = 150 * 1000 * 1000
 """What verify may take, however many objects there are and however large they are."""
 SMALL_BYTES: Final = 4096
+PUTS: Final = 8
+"""Objects that are put at a time."""
 BARE_AT_ONCE: Final = {"large": 4, "small": 16}
 """Objects that the bare client reads at a time: as many as verify."""
 
@@ -54,17 +60,18 @@ class Large:
     """Objects of random bytes that are nobody's in memory: made piece by piece, once for the digest, once to be put."""
 
     def __init__(self, number: int, size_bytes: int) -> None:
-        self._seed = f"{number}".encode()
+        self._block = hashlib.shake_128(f"{number}".encode()).digest(MIB)
         self.size_bytes = size_bytes
         hasher = hashlib.sha256()
         for piece in self.pieces():
             hasher.update(piece)
         self.digest = Digest("sha256", hasher.digest())
 
+    def piece(self, number: int) -> bytes:
+        return number.to_bytes(8) + self._block[8:]
+
     def pieces(self) -> Iterator[bytes]:
-        block = hashlib.shake_128(self._seed).digest(MIB)
-        for number in range(self.size_bytes // MIB):
-            yield number.to_bytes(8) + block[8:]
+        return map(self.piece, range(self.size_bytes // MIB))
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,7 +254,7 @@ def speed_of_s3(root: Path, larges: list[Large], small_count: int, rounds: int) 
     shutil.rmtree(root / "s3")
 
 
-def memory(root: Path, small_count: int) -> bool:
+def memory(root: Path, large_count: int, small_count: int) -> bool:
     """Whether the peaks of both are below the limit."""
     peaks = []
     with a_store(root / "large", LocalPlace(root / "large")) as store:
@@ -256,7 +263,7 @@ def memory(root: Path, small_count: int) -> bool:
         hasher, zeros = hashlib.sha256(), bytes(MIB)
         for _ in range(2048):
             hasher.update(zeros)
-        for number in range(10):
+        for number in range(large_count):
             # Holes: they take no room, and are read and hashed as any other bytes.
             digest, size_bytes = Digest("sha256", hasher.digest()), (2048 + number) * MIB
             path = folder / key_of(digest)
@@ -268,7 +275,7 @@ def memory(root: Path, small_count: int) -> bool:
         known(store, digests)
         seconds, size_bytes, peak = verify(store)
         peaks.append(peak)
-        print(f"10 of 2 GiB: {peak / 1e6:.0f} MB, {size_bytes / seconds / MIB:.0f} MiB/s", flush=True)
+        print(f"{large_count} of 2 GiB: {peak / 1e6:.0f} MB, {size_bytes / seconds / MIB:.0f} MiB/s", flush=True)
     shutil.rmtree(root / "large")
     with a_store(root / "small", LocalPlace(root / "small")) as store:
         folder = Path(store.config.backends["main"].place)
@@ -288,6 +295,87 @@ def memory(root: Path, small_count: int) -> bool:
     return max(peaks) < LIMIT_BYTES
 
 
+class LargeSource:
+    """A large object to be put, made as it is read: it needs no room on this disk."""
+
+    def __init__(self, large: Large) -> None:
+        self._large = large
+        self.size_bytes = large.size_bytes
+
+    def open(self) -> BinaryIO:
+        return io.BufferedReader(_LargeFile(self._large), MIB)
+
+
+class _LargeFile(io.RawIOBase):
+    def __init__(self, large: Large) -> None:
+        self._large = large
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = (
+            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._large.size_bytes}[whence]
+        )
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        if self._position >= self._large.size_bytes:
+            return 0
+        number, begin = divmod(self._position, MIB)
+        piece = self._large.piece(number)[begin : begin + len(buffer)]
+        buffer[: len(piece)] = piece
+        self._position += len(piece)
+        return len(piece)
+
+
+async def fill(store: PublishedStore, sources: Iterator[tuple[Digest, Source]]) -> dict[Digest, int]:
+    """Put objects as a mount does, so many at a time; their sizes."""
+    sizes: dict[Digest, int] = {}
+    backend = open_backend(store.config.backends["main"])
+
+    async def work() -> None:
+        for digest, source in sources:
+            await backend.put(digest, source)
+            sizes[digest] = source.size_bytes
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(PUTS):
+            nursery.start_soon(work)
+    await backend.aclose()
+    return sizes
+
+
+def memory_on_s3(root: Path, large_count: int, small_count: int) -> bool:
+    """The same, the objects of both on a server."""
+    peaks = []
+    for kind in ("large", "small"):
+        server_folder = root / f"s3-{kind}/server"
+        server_folder.mkdir(parents=True)
+        with SeaweedFS(server_folder) as server, a_store(server_folder.parent, S3Place(root, server, None)) as store:
+            if kind == "large":
+                larges = (Large(number, (2048 + number) * MIB) for number in range(large_count))
+                sources: Iterator[tuple[Digest, Source]] = ((large.digest, LargeSource(large)) for large in larges)
+            else:
+                smalls = (small(number) for number in range(small_count))
+                sources = ((Digest.of(data), BytesSource(data)) for data in smalls)
+            known(store, trio.run(fill, store, sources))
+            seconds, size_bytes, peak = verify(store)
+        peaks.append(peak)
+        count = large_count if kind == "large" else small_count
+        print(
+            f"S3, {kind}, {count} objects, {size_bytes / MIB:.0f} MiB: {peak / 1e6:.0f} MB, "
+            f"{size_bytes / seconds / MIB:.0f} MiB/s, {count / seconds:.1f} objects/s",
+            flush=True,
+        )
+        shutil.rmtree(server_folder.parent)
+    return max(peaks) < LIMIT_BYTES
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path, nargs="?")
@@ -296,7 +384,9 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=48)
     parser.add_argument("--large-mib", type=int, default=32)
     parser.add_argument("--small", type=int, default=5000)
+    parser.add_argument("--memory-large", type=int, default=10)
     parser.add_argument("--memory-small", type=int, default=200_000)
+    parser.add_argument("--skip-speed", action="store_true")
     parser.add_argument("--skip-memory", action="store_true")
     parser.add_argument("--skip-s3", action="store_true")
     parser.add_argument("--other", action="store_true")
@@ -308,12 +398,17 @@ def main() -> None:
         parser.error("DIR is missing")
     root: Path = options.folder
     root.mkdir(parents=True, exist_ok=True)
-    larges = [Large(number, options.large_mib * MIB) for number in range(max(options.large, options.local))]
-    speed_of_local(root, larges[: options.local], options.rounds)
-    if not options.skip_s3:
-        speed_of_s3(root, larges[: options.large], options.small, options.rounds)
-    if not options.skip_memory and not memory(root, options.memory_small):
-        sys.exit(f"more than {LIMIT_BYTES / 1e6:.0f} MB")
+    if not options.skip_speed:
+        larges = [Large(number, options.large_mib * MIB) for number in range(max(options.large, options.local))]
+        speed_of_local(root, larges[: options.local], options.rounds)
+        if not options.skip_s3:
+            speed_of_s3(root, larges[: options.large], options.small, options.rounds)
+    if not options.skip_memory:
+        is_small = memory(root, options.memory_large, options.memory_small)
+        if not options.skip_s3:
+            is_small &= memory_on_s3(root, options.memory_large, options.memory_small)
+        if not is_small:
+            sys.exit(f"more than {LIMIT_BYTES / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ class World:
     ) -> None:
         """A name in a package."""
         self._writer.execute(
-            "INSERT INTO entries VALUES (?, ?, ?, ?, ?, 493, 1, 2, 0, 0, ?, 1, ?, x'')",
+            "INSERT INTO entries VALUES (?, ?, ?, ?, ?, 493, 1, 2, 0, 0, ?, 1, ?, x'', 0)",
             [number, parent, name, inode, kind, size_bytes, blob_id],
         )
 

@@ -58,6 +58,11 @@ def test_a_sound_catalog(published: Catalog) -> None:
     assert {name: result.kept for name, result in results_of(published).items() if result.count} == {}
 
 
+def test_a_number_that_is_shown_may_have_lost_its_row(published: Catalog) -> None:
+    change(published, "UPDATE entries SET shared_inode = 1999 WHERE entry_id = 2004")
+    assert {name: result.kept for name, result in results_of(published).items() if result.count} == {}
+
+
 def test_an_empty_catalog(catalog: Catalog) -> None:
     assert {name: result.kept for name, result in results_of(catalog).items() if result.count} == {}
 
@@ -110,6 +115,14 @@ BREAKS = [
     ("links", "UPDATE entries SET nlink = 3 WHERE inode = 2003", "says 3 names, and has 2"),
     ("links", "UPDATE entries SET nlink = 2 WHERE entry_id = 2004", "says 2 names, and has 1"),
     ("links", "UPDATE entries SET inode = 9000 WHERE entry_id = 2005", "is a hard link to nothing"),
+    ("sequences", "UPDATE entries SET shared_inode = 9000 WHERE entry_id = 2004", "but 9000 is used"),
+    ("names", "UPDATE entries SET shared_inode = 2011 WHERE entry_id = 2004", "one of its inodes is used twice"),
+    ("shared", "UPDATE entries SET shared_inode = 77 WHERE entry_id = 2004", "shows an inode that is out of range"),
+    ("shared", "UPDATE entries SET shared_inode = 1999 WHERE entry_id = 2002", "is no file of its own"),
+    ("shared", "UPDATE entries SET shared_inode = 1999 WHERE entry_id = 2005", "is no file of its own"),
+    ("shared", "UPDATE entries SET shared_inode = 2004 WHERE entry_id = 2004", "is no file of its own"),
+    ("shared", "UPDATE entries SET shared_inode = 2003 WHERE entry_id = 2004", "one of both has attributes"),
+    ("shared", "UPDATE entries SET shared_inode = 2006 WHERE entry_id = 2004", "differs from what has the same inode"),
     ("attributes", "UPDATE entry_attributes SET inode = 9000", "has an attribute, but is not there"),
     ("attributes", "UPDATE entry_attributes SET name = x'74727573746564'", "name is none of user.*"),
     ("stored", "DELETE FROM storage_locations WHERE blob_id = 1", "no backend has them"),
@@ -237,7 +250,7 @@ def test_findings_are_counted_and_few_are_kept(published: Catalog) -> None:
     change(
         published,
         "WITH RECURSIVE n(i) AS (SELECT 3000 UNION ALL SELECT i + 1 FROM n WHERE i < 102999) "
-        "INSERT INTO entries SELECT i, 77, i, i, 1, 9999, 0, 0, 0, 0, 0, 1, 0, x'' FROM n",
+        "INSERT INTO entries SELECT i, 77, i, i, 1, 9999, 0, 0, 0, 0, 0, 1, 0, x'', 0 FROM n",
     )
     tracemalloc.start()
     results = results_of(published)

@@ -13,6 +13,7 @@ DIGEST = Digest("sha256", bytes(32))
 
 LOOKUPS = {
     "entry": lambda reader: reader.entry(5000),
+    "file": lambda reader: reader.file(5000),
     "lookup": lambda reader: reader.lookup(5000, b"name"),
     "children": lambda reader: reader.children(5000, 0, 256),
     "files_after a number": lambda reader: reader.files_after(5000, 0, 64, 1 << 18),

@@ -165,13 +165,13 @@ def test_names_made_to_escape(exporting: Exporting) -> None:
     root = "(SELECT root_id FROM packages WHERE version = '1')"
     # A link out of the directory, and below the link's name a file: the link is made, nothing is written through it.
     exporting.execute(
-        f"INSERT INTO entries VALUES (500, {root}, x'6C', 500, ?, 511, 0, 0, 1, 1, 0, 1, 0, ?)",
+        f"INSERT INTO entries VALUES (500, {root}, x'6C', 500, ?, 511, 0, 0, 1, 1, 0, 1, 0, ?, 0)",
         int(Kind.SYMLINK),
         os.fsencode(outside),
     )
     exporting.execute(
         "INSERT INTO entries SELECT 501, 500, x'66', 501, kind, mode, uid, gid, mtime_ns, ctime_ns, size_bytes, nlink, "
-        "blob_id, target FROM entries WHERE name = x'61' LIMIT 1"
+        "blob_id, target, 0 FROM entries WHERE name = x'61' LIMIT 1"
     )
     exporting.cli("package", "export", "demo/1", exporting.place / "out")
     assert (exporting.place / "out/l").readlink() == outside

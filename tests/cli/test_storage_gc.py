@@ -246,7 +246,7 @@ def test_more_than_one_transaction_takes(collecting: Collecting) -> None:
     collecting.rows(
         f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i <= {ENTRIES_AT_ONCE}) "
         "INSERT INTO entries SELECT 100000 + i, parent_id, CAST('more ' || i AS BLOB), 100000 + i, kind, "
-        "mode, uid, gid, mtime_ns, ctime_ns, size_bytes, nlink, blob_id, target FROM n, entries WHERE name = x'3139'"
+        "mode, uid, gid, mtime_ns, ctime_ns, size_bytes, nlink, blob_id, target, 0 FROM n, entries WHERE name = x'3139'"
     )
     count = len(collecting.rows("SELECT 1 FROM entries"))
     collecting.delete()

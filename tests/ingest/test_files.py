@@ -16,7 +16,7 @@ from castore.catalog.connection import create_workspace
 from castore.catalog.records import Kind
 from castore.catalog.workspace import Node, WorkspaceStore
 from castore.digest import Digest
-from castore.errors import NotOpen, ReadOnly, StagingFull
+from castore.errors import NotOpen, ReadOnly, StagingFull, StateError
 from castore.ingest.files import ROOM_SECONDS, StagedFiles
 from castore.ingest.hashing import INLINE_BYTES, QUEUE_CHUNKS, HashQueue
 from castore.ingest.staged_file import StagedFile
@@ -155,6 +155,26 @@ async def test_a_close_that_is_cancelled(staging: Staging) -> None:
         assert await staging.digest(100) == Digest.of(data)
         await trio.testing.wait_all_tasks_blocked()
     assert staging.files.open_file(100) is None
+
+
+async def test_a_workspace_that_cannot_be_read_stops_nothing(
+    staging: Staging, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = staging.create(100)
+    await staging.files.write(file, 0, bytes(1 << 20))
+    staging.store.close()  # for the disk that fails
+    with pytest.raises(StateError):
+        await staging.files.release(file, writable=True)
+    async with staging.running():
+        with trio.fail_after(30):
+            while staging.files.open_file(100) is not None:
+                await trio.testing.wait_all_tasks_blocked()
+        done: list[int] = []
+        await staging.hashes.put(lambda: done.append(1), lambda: done.append(2))
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert done == [1, 2]
+    assert "whether staged file 64 is unlinked is looked at again at the next start: " in caplog.text
+    caplog.clear()
 
 
 async def test_bytes_that_cannot_be_removed_stop_nothing(staging: Staging, caplog: pytest.LogCaptureFixture) -> None:

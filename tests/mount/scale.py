@@ -42,15 +42,15 @@ _PACKAGES: Final = (
 )
 _ROOTS: Final = (
     _NUMBERS + "INSERT INTO entries SELECT :first + i * :per, :first + i * :per - 2, CAST('1.0' AS BLOB), "
-    ":first + i * :per, 1, 493, 0, 0, 0, 0, 0, 1, 0, x'' FROM n"
+    ":first + i * :per, 1, 493, 0, 0, 0, 0, 0, 1, 0, x'', 0 FROM n"
 )
 _DIRECTORIES: Final = (
     _NUMBERS + "INSERT INTO entries SELECT :root + 1 + i * :step, :root, CAST(printf('dir%02d', i) AS BLOB), "
-    ":root + 1 + i * :step, 1, 493, 0, 0, 0, 0, 0, 1, 0, x'' FROM n"
+    ":root + 1 + i * :step, 1, 493, 0, 0, 0, 0, 0, 1, 0, x'', 0 FROM n"
 )
 _FILES: Final = (
     _NUMBERS + "INSERT INTO entries SELECT :parent + 1 + i, :parent, CAST(printf('file-%06d.dat', i) AS BLOB), "
-    ":parent + 1 + i, 2, 420, 0, 0, 0, 0, 4096, 1, :blob + i, x'' FROM n"
+    ":parent + 1 + i, 2, 420, 0, 0, 0, 0, 4096, 1, :blob + i, x'', 0 FROM n"
 )
 _BLOBS: Final = (
     _NUMBERS

@@ -45,6 +45,7 @@ async def repair(
         {**store.backends, **(backends or {})},
         targets=targets or ("first",),
         folder=folder or store.config.store.state_dir,
+        puts_dir=store.config.store.puts_dir,
         cache=cache,
         directory=directory,
         on_outcome=outcomes.append,
@@ -303,6 +304,7 @@ async def test_interrupted_it_keeps_what_it_mended(store: PublishedStore) -> Non
         {**store.backends, "second": meddler},
         targets=("first",),
         folder=store.config.store.state_dir,
+        puts_dir=store.config.store.puts_dir,
         on_outcome=outcomes.append,
     )
     async with trio.open_nursery() as nursery:

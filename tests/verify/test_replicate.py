@@ -43,6 +43,7 @@ async def replicate(
         source=source or store.backends["first"],
         target=target or store.backends["second"],
         folder=store.config.store.state_dir,
+        puts_dir=store.config.store.puts_dir,
         package=package_of(store, ref) if ref else None,
         on_outcome=outcomes.append,
     )
@@ -205,7 +206,11 @@ async def reach(run: Replication, meddler: Meddler, victim: Digest, nursery: tri
 def held_replication(store: PublishedStore) -> tuple[Replication, Meddler]:
     meddler = Meddler(store.backends["first"])
     run = Replication(
-        store.catalog_path, source=meddler, target=store.backends["second"], folder=store.config.store.state_dir
+        store.catalog_path,
+        source=meddler,
+        target=store.backends["second"],
+        folder=store.config.store.state_dir,
+        puts_dir=store.config.store.puts_dir,
     )
     return run, meddler
 
@@ -284,6 +289,7 @@ async def test_without_room_for_a_large_object(store: PublishedStore) -> None:
         source=store.backends["first"],
         target=store.backends["second"],
         folder=store.root / "not there",
+        puts_dir=store.config.store.puts_dir,
     )
     await run.run()
     assert (run.tally.counts["not_copied"], run.tally.counts["copied"]) == (1, 4)

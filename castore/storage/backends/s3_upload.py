@@ -20,6 +20,7 @@ import trio
 from castore.config_backends import S3Settings
 from castore.digest import Digest
 from castore.errors import ObjectMissing, StorageDenied, StorageError, StorageRejected, StorageUnavailable
+from castore.failpoint import failpoint
 from castore.storage.backends.s3_connection import S3Connection
 from castore.storage.backends.s3_parts import MAX_OBJECT_BYTES, Buffers, Part, PartReader, part_sizes
 from castore.storage.backends.s3_unfinished import HeldPart, Unfinished, UnfinishedUploads, server_time
@@ -236,6 +237,7 @@ class Uploads:
                 )
                 with self._connection.reading(what):
                     upload.etags[number] = answer["ETag"]
+                failpoint("put.part")
             except ObjectMissing as exc:
                 # The upload has ended. The rest is read all the same: it tells whether the object is there.
                 upload.ended = exc
