@@ -22,6 +22,8 @@ from castore.errors import FormatError
 
 COMMIT_SECONDS: Final = 2.0
 """Packages share a durable commit for so long."""
+LOG_PAGES: Final = 16_384
+"""Of the write-ahead log, 64 MiB, before they are copied into the database: most pages are changed many times."""
 FOLDERS_KEPT: Final = 10_000
 """Paths of folders that are remembered, some 2 MB; others are looked up by their names."""
 
@@ -67,10 +69,12 @@ class CatalogBuilder:
 
     def __init__(self, path: Path, *, first_inode: int = 0) -> None:
         self.path = path
-        self._database = open_writer(path)
+        # What was not committed durably is read from the manifests again; `close` makes all of it durable.
+        self._database = open_writer(path, synchronous="NORMAL")
         self._connection = self._database.conn
         self._execute = executor(self._connection, path)
         self._committed = time.monotonic()
+        self._execute(f"PRAGMA wal_autocheckpoint = {LOG_PAGES}")
         self._execute("CREATE TEMP TABLE links (inode INTEGER, entry_id INTEGER)")
         self._execute("CREATE INDEX temp.links_by_inode ON links (inode, entry_id)")
         self._execute("BEGIN IMMEDIATE")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from castore.catalog.deleting import DeletedReader
+from castore.catalog.records import rows_as_written
 from castore.catalog.retiring import NEEDED
 from castore.catalog.writer import Transaction
 from castore.digest import BlobSummary, Digest
@@ -70,7 +71,9 @@ class CollectReader(DeletedReader):
                 f"AND +status <> 'deleting' AND NOT {NEEDED} ORDER BY here.blob_id",
                 (low, low + _LOOKED_AT, backend_id),
             )
-            yield [Unneeded(Digest(row[0], row[1]), row[2], row[3]) for row in rows]
+            with rows_as_written():
+                found = [Unneeded(Digest(row[0], row[1]), row[2], row[3]) for row in rows]
+            yield found
 
     def strangers(self, backend_id: str, digests: Sequence[Digest]) -> set[Digest]:
         """Those of some digests, ascending and of one algorithm, that have neither location, intent nor deletion."""
@@ -93,11 +96,12 @@ class CollectReader(DeletedReader):
     def deletions(self, backend_ids: Collection[str]) -> list[tuple[Doomed, int]]:
         """What was marked in some backends and is not known to be gone, and when it was marked."""
         rows = self._rows("SELECT algorithm, digest, backend_id, size_bytes, is_orphan, begun_at_ns FROM deletions")
-        return [
-            (Doomed(Digest(row[0], row[1]), row[2], row[3], bool(row[4])), row[5])
-            for row in rows
-            if row[2] in backend_ids
-        ]
+        with rows_as_written():
+            return [
+                (Doomed(Digest(row[0], row[1]), row[2], row[3], bool(row[4])), row[5])
+                for row in rows
+                if row[2] in backend_ids
+            ]
 
 
 def mark_unneeded(
@@ -151,7 +155,8 @@ def mark_manifest(transaction: Transaction, deletion_id: int, backend_ids: Colle
         "  AND put_intents.algorithm = blobs.algorithm)",
         {"deletion": deletion_id, "backends": json.dumps(list(backend_ids))},
     ).fetchall()
-    marked = [Doomed(Digest(row[0], row[1]), row[2], row[3], is_orphan=False) for row in rows]
+    with rows_as_written():
+        marked = [Doomed(Digest(row[0], row[1]), row[2], row[3], is_orphan=False) for row in rows]
     for doomed in marked:
         transaction.execute(
             "UPDATE storage_locations SET status = 'deleting', reason = '' WHERE backend_id = :backend "

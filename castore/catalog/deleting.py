@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from castore.catalog.package_tree import TreeReader
+from castore.catalog.reader import package_of
 from castore.catalog.records import Package
 from castore.catalog.writer import Transaction
-from castore.digest import Digest
 
 _SAME: Final = (
     "name, version, root_id, producer, retention_class, publisher_uid, published_at_ns, file_count, "
@@ -37,13 +37,8 @@ class DeletedPackage:
     is_purging: bool
 
 
-def _package(row: Any) -> Package:
-    fields: tuple[Any, ...] = (*row[:10], Digest(row[10], row[11]), tuple(json.loads(row[12])))
-    return Package(*fields)
-
-
 def _deleted(row: Any) -> DeletedPackage:
-    return DeletedPackage(_package(row), row[13], row[14], bool(row[15]))
+    return DeletedPackage(package_of(row[:13]), row[13], row[14], bool(row[15]))
 
 
 class DeletedReader(TreeReader):
@@ -79,7 +74,7 @@ def packages_of_name(transaction: Transaction, name: str) -> tuple[list[Package]
         "JOIN blobs ON blobs.blob_id = manifest_blob_id WHERE name = ?",
         (name,),
     )
-    packages = [_package(row) for row in rows]
+    packages = [package_of(row) for row in rows]
     tags = transaction.execute("SELECT version FROM package_tags WHERE name = ?", (name,))
     return packages, {row[0] for row in tags}
 

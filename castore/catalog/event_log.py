@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from castore.catalog.reader import CatalogReader
+from castore.catalog.records import rows_as_written
 from castore.events import Event
 
 _LATE_NS: Final = 600 * 10**9
@@ -69,12 +70,13 @@ class EventReader(CatalogReader):
             "AND time_ns >= ? AND (? = '' OR type = ?) ORDER BY sequence LIMIT ?",
             (after, last, since_ns, event_type, event_type, limit),
         )
-        found = [
-            StoredEvent(
-                row[0], Event(type=row[2], subject=row[3], data=json.loads(row[5]), event_id=row[1], time_ns=row[4])
-            )
-            for row in rows
-        ]
+        with rows_as_written():
+            found = [
+                StoredEvent(
+                    row[0], Event(type=row[2], subject=row[3], data=json.loads(row[5]), event_id=row[1], time_ns=row[4])
+                )
+                for row in rows
+            ]
         return found, found[-1].sequence if len(found) == limit else max(after, last)
 
     def sequence_before(self, time_ns: int) -> int:

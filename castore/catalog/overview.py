@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from castore.catalog.condition import ConditionReader
 from castore.catalog.event_log import StoredEvent
-from castore.catalog.records import FailureReason, LocationStatus, Use
+from castore.catalog.records import FailureReason, LocationStatus, Use, rows_as_written
 from castore.digest import Digest
 from castore.events import Event
 
@@ -107,7 +107,8 @@ class OverviewReader(ConditionReader):
             "SELECT backend_id, reason, count(*) FROM storage_locations WHERE status = 'failed' "
             "GROUP BY backend_id, reason ORDER BY backend_id, reason"
         )
-        return [(row[0], FailureReason(row[1]), row[2]) for row in rows]
+        with rows_as_written():
+            return [(row[0], FailureReason(row[1]), row[2]) for row in rows]
 
     def first_failed(self, limit: int, uses: int) -> list[FailedLocation]:
         """Up to `limit` failed locations by backend and age of their blob, each with up to `uses` of its files."""
@@ -120,7 +121,8 @@ class OverviewReader(ConditionReader):
         found = []
         for row in list(rows):
             some, count = self.paths_of(row[0], uses)
-            found.append(FailedLocation(Digest(row[1], row[2]), row[3], row[4], row[5], tuple(some), count))
+            with rows_as_written():
+                found.append(FailedLocation(Digest(row[1], row[2]), row[3], row[4], row[5], tuple(some), count))
         return found
 
     def newest_packages(self, limit: int) -> list[PublishedPackage]:

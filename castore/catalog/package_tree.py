@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from castore.catalog.reader import CatalogReader
-from castore.catalog.records import Entry, Kind, LocationStatus
+from castore.catalog.records import Entry, Kind, LocationStatus, foreign_row, rows_as_written
 
 _PAGE_ENTRIES: Final = 1000
 """Entries fetched by one query: keeps memory flat in a directory of any size."""
 
 _BLOBS: Final = """
 WITH RECURSIVE folder(inode) AS (
-    SELECT :root UNION ALL
+    SELECT :root UNION
     SELECT entries.inode FROM folder JOIN entries ON entries.parent_id = folder.inode WHERE kind = 1
 ), used(blob_id, name_count) AS (
     SELECT blob_id, count(*) FROM folder JOIN entries ON entries.parent_id = folder.inode
@@ -37,7 +37,10 @@ class TreeReader(CatalogReader):
     """A connection for commands that look at whole packages."""
 
     def walk(self, root_id: int) -> Iterator[tuple[bytes, Entry]]:
-        """Every entry below a directory with its path, a directory before what is in it. Memory grows with depth."""
+        """Every entry below a directory with its path, a directory before what is in it. Memory grows with depth.
+
+        Raises StateError for a tree that is none: a directory with two names, or one inside of itself, has no end.
+        """
         # One page of children for each directory on the way down.
         pending = [(b"", self._children(root_id))]
         while pending:
@@ -46,6 +49,8 @@ class TreeReader(CatalogReader):
             if entry is None:
                 pending.pop()
                 continue
+            if entry.kind is Kind.DIRECTORY and (entry.inode != entry.entry_id or entry.inode == root_id):
+                raise foreign_row(f"the directory {entry.entry_id} has another place, too")
             yield prefix + entry.name, entry
             if entry.kind is Kind.DIRECTORY:
                 pending.append((prefix + entry.name + b"/", self._children(entry.inode)))
@@ -76,4 +81,5 @@ class TreeReader(CatalogReader):
             "JOIN blobs USING (blob_id) GROUP BY backend_id, status ORDER BY backend_id, status",
             {"root": root_id, "manifest": manifest_blob_id},
         )
-        return [(row[0], LocationStatus(row[1]), row[2], row[3]) for row in rows]
+        with rows_as_written():
+            return [(row[0], LocationStatus(row[1]), row[2], row[3]) for row in rows]

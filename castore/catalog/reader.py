@@ -20,6 +20,8 @@ from castore.catalog.records import (
     StoredProbe,
     Tag,
     Use,
+    foreign_row,
+    rows_as_written,
 )
 from castore.catalog.uses import paths_of
 from castore.digest import BlobSummary, Digest
@@ -48,17 +50,48 @@ _AFTER_ALL: Final = "\x7f"
 _PACKAGE_FROM: Final = "FROM packages JOIN blobs ON blobs.blob_id = packages.manifest_blob_id"
 
 
+_ENTRY_TYPES: Final = (int, int, bytes, *[int] * 10, bytes, int)
+_BLOB_TYPES: Final = (int, str, bytes, int, int, str, bytes)
+_PACKAGE_TYPES: Final = (int, str, str, int, str, str, *[int] * 4, str, bytes, str)
+_NAME_TYPES: Final = (str, *[int] * 6, str)
+_TAG_TYPES: Final = (str, str, str, int, int)
+_KINDS: Final = {int(kind): kind for kind in Kind}
+
+
 def _entry(row: Any) -> Entry:
-    return Entry(row[0], row[1], row[2], row[3], Kind(row[4]), *row[5:])
+    kind = _KINDS.get(row[4])
+    # A set-uid bit of a forged catalog would come to life in an export.
+    if tuple(map(type, row)) != _ENTRY_TYPES or kind is None or row[5] & ~0o777:
+        raise foreign_row(f"entry {row[0]!r}")
+    return Entry(row[0], row[1], row[2], row[3], kind, *row[5:])
 
 
 def _blob(row: Any) -> Blob:
-    return Blob(row[0], BlobSummary(Digest(row[1], row[2]), *row[3:]))
+    if tuple(map(type, row)) != _BLOB_TYPES or row[3] < 0 or row[4] <= 0:
+        raise foreign_row(f"blob {row[0]!r}")
+    with rows_as_written():
+        return Blob(row[0], BlobSummary(Digest(row[1], row[2]), *row[3:]))
 
 
-def _package(row: Any) -> Package:
-    fields: tuple[Any, ...] = (*row[:10], Digest(row[10], row[11]), tuple(json.loads(row[12])))
+def package_of(row: Any) -> Package:
+    """A package from the columns that it has in `packages` and in `deleted_packages`."""
+    if tuple(map(type, row)) != _PACKAGE_TYPES:
+        raise foreign_row(f"package {row[1]!r}/{row[2]!r}")
+    with rows_as_written():
+        fields: tuple[Any, ...] = (*row[:10], Digest(row[10], row[11]), tuple(json.loads(row[12])))
     return Package(*fields)
+
+
+def _name(row: Any) -> PackageName:
+    if tuple(map(type, row)) != _NAME_TYPES:
+        raise foreign_row(f"name {row[0]!r}")
+    return PackageName(*row)
+
+
+def _tag(row: Any) -> Tag:
+    if tuple(map(type, row)) != _TAG_TYPES:
+        raise foreign_row(f"tag {row[0]!r}/{row[1]!r}")
+    return Tag(*row)
 
 
 class CatalogReader:
@@ -191,12 +224,12 @@ class CatalogReader:
     def package_name(self, name: str) -> PackageName | None:
         """The row of a NAME that was ever published."""
         row = self._one(f"SELECT {_NAME} FROM package_names WHERE name = ?", name)
-        return None if row is None else PackageName(*row)
+        return None if row is None else _name(row)
 
     def package_name_by_inode(self, inode: int) -> PackageName | None:
         """The NAME whose directory or `latest` link has that inode."""
         row = self._one(f"SELECT {_NAME} FROM package_names WHERE inode = ? OR latest_inode = ?", inode, inode)
-        return None if row is None else PackageName(*row)
+        return None if row is None else _name(row)
 
     def package_names(self, after: int, limit: int) -> list[PackageName]:
         """Up to `limit` names that have a published version, with an inode above `after`, ascending."""
@@ -204,7 +237,7 @@ class CatalogReader:
             f"SELECT {_NAME} FROM package_names WHERE inode > ? AND latest_version <> '' ORDER BY inode LIMIT ?",
             (after, limit),
         )
-        return [PackageName(*row) for row in rows]
+        return [_name(row) for row in rows]
 
     def package(self, name: str, version: str) -> Package | None:
         """One published package; `latest` is the version published last or pinned, a tag the one it points to."""
@@ -214,33 +247,33 @@ class CatalogReader:
         elif (tag := self.tag(name, version)) is not None:
             version = tag.version
         row = self._one(f"SELECT {_PACKAGE} {_PACKAGE_FROM} WHERE name = ? AND version = ?", name, version)
-        return None if row is None else _package(row)
+        return None if row is None else package_of(row)
 
     def tag(self, name: str, tag: str) -> Tag | None:
         """A tag of a NAME; `latest` when it is pinned."""
         row = self._one(f"SELECT {_TAG} WHERE name = ? AND tag = ?", name, tag)
-        return None if row is None else Tag(*row)
+        return None if row is None else _tag(row)
 
     def tag_by_inode(self, inode: int) -> Tag | None:
         """The tag whose link has that inode."""
         row = self._one(f"SELECT {_TAG} WHERE inode = ? AND inode <> 0", inode)
-        return None if row is None else Tag(*row)
+        return None if row is None else _tag(row)
 
     def tags(self, name: str | None = None) -> list[Tag]:
         """The tags of a NAME, or of all, in order of text; the pin of `latest` among them."""
         if name is None:
-            return [Tag(*row) for row in self._rows(f"SELECT {_TAG} ORDER BY name, tag")]
-        return [Tag(*row) for row in self._rows(f"SELECT {_TAG} WHERE name = ? ORDER BY tag", (name,))]
+            return [_tag(row) for row in self._rows(f"SELECT {_TAG} ORDER BY name, tag")]
+        return [_tag(row) for row in self._rows(f"SELECT {_TAG} WHERE name = ? ORDER BY tag", (name,))]
 
     def package_by_root(self, root_id: int) -> Package | None:
         """The package whose root directory has that inode."""
         row = self._one(f"SELECT {_PACKAGE} {_PACKAGE_FROM} WHERE root_id = ?", root_id)
-        return None if row is None else _package(row)
+        return None if row is None else package_of(row)
 
     def packages(self) -> Iterator[Package]:
         """All packages, by name, then by the time of publish."""
         rows = self._rows(f"SELECT {_PACKAGE} {_PACKAGE_FROM} ORDER BY name, published_at_ns, version")
-        return (_package(row) for row in rows)
+        return (package_of(row) for row in rows)
 
     def names(self, prefix: str, limit: int) -> list[str]:
         """NAMEs that begin so and have a published version, in order of text."""
@@ -274,7 +307,8 @@ class CatalogReader:
     def blob_digest(self, blob_id: int) -> tuple[Digest, int] | None:
         """A blob's digest and size in bytes, without its checksums."""
         row = self._one("SELECT algorithm, digest, size_bytes FROM blobs WHERE blob_id = ?", blob_id)
-        return None if row is None else (Digest(row[0], row[1]), int(row[2]))
+        with rows_as_written():
+            return None if row is None else (Digest(row[0], row[1]), int(row[2]))
 
     def digests(self, algorithm: str, low: bytes, high: bytes, limit: int) -> list[tuple[int, Digest, int]]:
         """Up to `limit` (blob_id, digest, size_bytes) with low <= raw digest < high, ascending."""
@@ -283,7 +317,8 @@ class CatalogReader:
             "ORDER BY digest LIMIT ?",
             (algorithm, low, high, limit),
         )
-        return [(row[0], Digest(algorithm, row[1]), row[2]) for row in rows]
+        with rows_as_written():
+            return [(row[0], Digest(algorithm, row[1]), row[2]) for row in rows]
 
     def locations(self, blob_id: int) -> list[Location]:
         """Every place that the blob is stored, whatever its status; ordered by backend id."""
@@ -292,7 +327,8 @@ class CatalogReader:
             "FROM storage_locations JOIN blobs USING (blob_id) WHERE blob_id = ? ORDER BY backend_id",
             (blob_id,),
         )
-        return [Location(Digest(row[0], row[1]), row[2], LocationStatus(row[3]), *row[4:]) for row in rows]
+        with rows_as_written():
+            return [Location(Digest(row[0], row[1]), row[2], LocationStatus(row[3]), *row[4:]) for row in rows]
 
     def good_backends(self, digest: Digest) -> set[str]:
         """The backends that hold a blob in a good location, as of now: a decision needs the writer's answer."""
@@ -313,12 +349,14 @@ class CatalogReader:
             "SELECT backend_id, status, count(*), sum(size_bytes) FROM storage_locations JOIN blobs USING (blob_id) "
             "GROUP BY backend_id, status ORDER BY backend_id, status"
         )
-        return [(row[0], LocationStatus(row[1]), row[2], row[3]) for row in rows]
+        with rows_as_written():
+            return [(row[0], LocationStatus(row[1]), row[2], row[3]) for row in rows]
 
     def probes(self) -> dict[str, StoredProbe]:
         """What the last probe of each backend found, by backend id; a backend that was never probed has none."""
         rows = self._rows("SELECT backend_id, probed_at_ns, server, findings FROM backend_probes ORDER BY backend_id")
-        return {row[0]: StoredProbe(row[0], row[1], row[2], tuple(json.loads(row[3]))) for row in rows}
+        with rows_as_written():
+            return {row[0]: StoredProbe(row[0], row[1], row[2], tuple(json.loads(row[3]))) for row in rows}
 
     def totals(self) -> tuple[int, int]:
         """(number of packages, bytes of their files)."""

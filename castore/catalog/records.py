@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from castore.digest import BlobSummary, Digest
+from castore.errors import StateError
 
 
 class Kind(enum.IntEnum):
@@ -156,3 +159,19 @@ class Package:
     def ref(self) -> str:
         """`NAME/VERSION`."""
         return f"{self.name}/{self.version}"
+
+
+def foreign_row(why: str) -> StateError:
+    """The error for a row that castore never writes: the catalog came from elsewhere, or somebody changed it."""
+    return StateError(
+        f"the catalog has a row that no castore writes ({why}); `castore catalog check` names all of them"
+    )
+
+
+@contextmanager
+def rows_as_written() -> Iterator[None]:
+    """Inside, rows are made into records. What cannot be one is a StateError."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, IndexError) as exc:
+        raise foreign_row(str(exc)) from exc

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any, Final
 
 from castore.catalog.reader import CatalogReader
-from castore.catalog.records import LocationStatus
+from castore.catalog.records import LocationStatus, rows_as_written
 from castore.catalog.scrub import LocationRow
 from castore.digest import Digest
 
@@ -66,4 +66,5 @@ class RepairReader(CatalogReader):
 
 
 def _location(row: Any) -> LocationRow:
-    return LocationRow(row[0], Digest(row[1], row[2]), row[3], row[4], LocationStatus.FAILED, row[5])
+    with rows_as_written():
+        return LocationRow(row[0], Digest(row[1], row[2]), row[3], row[4], LocationStatus.FAILED, row[5])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from castore.catalog.reader import CatalogReader
-from castore.catalog.records import LocationStatus
+from castore.catalog.records import LocationStatus, rows_as_written
 from castore.catalog.uses import FILES_BELOW
 from castore.digest import Digest
 
@@ -154,4 +154,5 @@ def _json(blob_ids: Iterable[int]) -> str:
 
 
 def _location(row: Any, backend_id: str) -> LocationRow:
-    return LocationRow(row[0], Digest(row[1], row[2]), row[3], backend_id, LocationStatus(row[4]), row[5])
+    with rows_as_written():
+        return LocationRow(row[0], Digest(row[1], row[2]), row[3], backend_id, LocationStatus(row[4]), row[5])

@@ -13,6 +13,9 @@ Execute = Callable[..., Any]
 _NAMES_LOOKED_AT: Final = 1000
 """Names of a blob that are followed up to their packages: an empty file may have a million of them."""
 
+PATH_BYTES: Final = 16 * 1024
+"""Paths that are told: four times what one call to Linux can name. A forged tree that goes in circles has no end."""
+
 _PACKAGES: Final = """
 WITH RECURSIVE up(parent_id, name) AS (
     SELECT * FROM (SELECT parent_id, name FROM entries WHERE blob_id = :blob AND blob_id <> 0 LIMIT :names)
@@ -37,7 +40,7 @@ WITH RECURSIVE up(first_id, parent_id, name, path) AS (
     )
     UNION ALL
     SELECT first_id, entries.parent_id, entries.name, CAST(iif(path = x'', up.name, up.name || '/' || path) AS BLOB)
-    FROM up JOIN entries ON entries.entry_id = up.parent_id
+    FROM up JOIN entries ON entries.entry_id = up.parent_id WHERE length(path) < :longest
 )
 SELECT package_names.name || '/' || CAST(up.name AS TEXT), path FROM up
 JOIN package_names ON package_names.inode = up.parent_id ORDER BY first_id
@@ -45,7 +48,7 @@ JOIN package_names ON package_names.inode = up.parent_id ORDER BY first_id
 
 FILES_BELOW: Final = """
 WITH RECURSIVE folder(inode) AS (
-    SELECT :root UNION ALL
+    SELECT :root UNION
     SELECT entries.inode FROM folder JOIN entries ON entries.parent_id = folder.inode WHERE kind = 1
 )
 SELECT DISTINCT blob_id FROM folder JOIN entries ON entries.parent_id = folder.inode WHERE blob_id <> 0
@@ -75,7 +78,7 @@ def paths_of(execute: Execute, blob_id: int, limit: int) -> tuple[list[Use], int
     names = execute("SELECT count(*) FROM entries WHERE blob_id = ? AND blob_id <> 0", (blob_id,)).fetchone()[0]
     # Without deleted packages every name is a use: no more of them are followed up than are wanted.
     looked_at = _NAMES_LOOKED_AT if execute(_ANY_DELETED).fetchone()[0] else limit - len(uses)
-    files = [Use(*row) for row in execute(_PATHS, {"blob": blob_id, "names": looked_at})]
+    files = [Use(*row) for row in execute(_PATHS, {"blob": blob_id, "names": looked_at, "longest": PATH_BYTES})]
     if len(files) < names <= looked_at:
         names = len(files)
     return (uses + files)[:limit], count + names

@@ -29,6 +29,10 @@ LINE_MAX: Final = 512 * 1024 * 1024
 UNPROVEN_LINE_MAX: Final = 16 * 1024 * 1024
 """Longest line that is read without a proof: the checksums of a file of 190 GiB. A few compressed bytes make a longer
 one as well as a short one; so of a longer one, the reader's `proves` is asked first."""
+LONG_LINE_BYTES: Final = 256 * 1024
+VALUES_MAX: Final = 100_000
+"""Values in a line that is longer than that. An entry with as many attributes as there may be has a third; each value
+takes up to 200 bytes of memory, for two in the line."""
 ENTRIES_MAX: Final = 20_000_000
 """Entries of a package that are read: twice what a whole catalog is made for."""
 LABELS: Final = (b"user.castore.producer", b"user.castore.retention_class")
@@ -254,6 +258,8 @@ def _lines(path: Path, proves: Proves | None) -> Iterator[dict[str, Any]]:
                     line += file.readline(min(more, LINE_MAX - most))
                     if not line.endswith(b"\n"):
                         raise FormatError(f"{path}: a line is longer than {most} bytes, and no object needs that")
+                if len(line) > LONG_LINE_BYTES and _value_count(line) > VALUES_MAX:
+                    raise FormatError(f"{path}: a line has more than {VALUES_MAX} values, and no entry needs that")
                 item = json.loads(line.decode(), parse_constant=_refuse)
                 if not isinstance(item, dict):
                     raise FormatError(f"{path}: a line is not a JSON object")
@@ -262,6 +268,13 @@ def _lines(path: Path, proves: Proves | None) -> Iterator[dict[str, Any]]:
         raise FormatError(f"{path}: not a whole manifest: {exc}") from exc
     except RecursionError as exc:
         raise FormatError(f"{path}: not a manifest: its JSON is too deep") from exc
+
+
+def _value_count(line: bytes) -> int:
+    """How many values a line of JSON has, or more: commas and brackets outside of its texts."""
+    without_escapes = re.sub(rb"\\.", b"", line, flags=re.DOTALL) if b"\\" in line else line
+    bare = re.sub(rb'"[^"]*"?', b"", without_escapes)
+    return sum(map(bare.count, (b",", b"[", b"{")))
 
 
 def _proven_bytes(begin: bytes, proves: Proves) -> int:

@@ -20,6 +20,7 @@ from castore.digest import MANIFEST_ALGORITHM, PRIMARY_ALGORITHM, BlobHasher, Bl
 from castore.errors import FormatError, StateError, StorageError
 from castore.registry.deletion import is_over
 from castore.registry.manifest import ManifestEntry, ManifestHeader, read_manifest
+from castore.registry.one_thread import OneThread, one_thread
 from castore.storage.spi import ObjectInfo, StorageBackend
 
 FETCHES: Final = 8
@@ -106,6 +107,7 @@ class Rebuild:
         self._unpublished = frozenset(unpublished)
         self._names = names or {}
         self._errors_in_a_row = 0
+        self._thread: OneThread
         self._ref = ""
 
     async def run(self) -> None:
@@ -120,9 +122,10 @@ class Rebuild:
             )
         try:
             await self._count()
-            await self._make_packages()
-            if not self.tally.stopped:
-                await self._see_objects()
+            async with one_thread() as self._thread:
+                await self._make_packages()
+                if not self.tally.stopped:
+                    await self._see_objects()
         except StorageError as exc:
             self.tally.stopped = str(exc)
         self.tally.failed = self._builder.failed_counts(self._backend.backend_id)
@@ -217,7 +220,7 @@ class Rebuild:
         self._ref = ""
         while True:
             try:
-                return await trio.to_thread.run_sync(self._make_package, path, info, summary, known)
+                return await self._thread.run(self._make_package, path, info, summary, known)
             except FormatError as exc:
                 why = str(exc).removeprefix(f"{path}: ")
                 return Outcome(info.digest, Result.REFUSED, self._ref, why)
@@ -347,6 +350,6 @@ class Rebuild:
         await self._see(page)
 
     async def _see(self, page: list[tuple[Digest, int, int]]) -> None:
-        known = await trio.to_thread.run_sync(self._builder.see_objects, self._backend.backend_id, page)
+        known = await self._thread.run(self._builder.see_objects, self._backend.backend_id, page)
         self.tally.object_count += known
         self.tally.unknown_count += len(page) - known

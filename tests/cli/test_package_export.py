@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,9 @@ from tests.places import Place
 from tests.published import PublishedStore
 
 FILES = {b"a": b"a" * 300_000, b"sub/b": b"b", b"sub/deep/c": b"", b"sub/same": b"b", b"odd\n\\name": b"odd"}
+
+
+_HERE = "WITH here(root) AS (SELECT root_id FROM packages WHERE version = '2') "
 
 
 class Exporting:
@@ -49,6 +53,7 @@ class Exporting:
 
     def execute(self, sql: str, *parameters: object) -> None:
         database = open_writer(self.store.catalog_path).conn
+        database.execute("PRAGMA ignore_check_constraints = ON")
         database.execute(sql, parameters)
         database.close()
 
@@ -152,7 +157,8 @@ def test_what_is_there_stays(exporting: Exporting) -> None:
     for target in (taken, link, taken / "mine"):
         assert f"{target}: exists" in exporting.cli.error("package", "export", "demo/1", target)
     assert "there is no such directory" in exporting.cli.error("package", "export", "demo/1", taken / "a/b")
-    assert exporting.cli.error("package", "export", "demo/1", "/proc/out") == "/proc/out: No such file or directory"
+    done = exporting.cli("package", "export", "demo/1", "/proc/out", code=2)
+    assert done.stderr.splitlines()[-1] == "castore: error: /proc/out: No such file or directory"
     assert exporting.left() == ["elsewhere", "link", "taken"]
     assert os.listdir(exporting.place / "elsewhere") == []
     assert os.listdir(taken) == ["mine"]
@@ -182,6 +188,52 @@ def test_names_made_to_escape(exporting: Exporting) -> None:
         assert "no directory can have" in done.stderr.splitlines()[-1]
     assert exporting.left() == ["out"]
     assert os.listdir(outside) == []
+
+
+_DIRECTORY = "1, 511, 0, 0, 1, 1, 0, 1, 0, x'', 0"
+_SUB = "(SELECT min(entry_id) FROM entries WHERE name = x'737562')"
+FORGED = [
+    (f"INSERT INTO entries SELECT 500, root, x'6C', root, {_DIRECTORY} FROM here", "has another place"),
+    (f"INSERT INTO entries SELECT 500, root, x'6C', {_SUB}, {_DIRECTORY} FROM here", "has another place"),
+    ("UPDATE entries SET mode = 2541 WHERE name = x'61'", "entry "),
+    ("UPDATE entries SET mode = 'x' WHERE name = x'61'", "entry "),
+    ("UPDATE entries SET kind = 9 WHERE name = x'61'", "entry "),
+    ("UPDATE entries SET name = 'text' WHERE name = x'61'", "entry "),
+    ("UPDATE blobs SET algorithm = 'md5'", "unknown digest algorithm 'md5'"),
+    ("UPDATE blobs SET digest = substr(digest, 2) WHERE algorithm = 'sha256'", "bytes"),
+    ("UPDATE blobs SET block_size_bytes = 0 WHERE algorithm = 'sha256'", "blob "),
+    ("UPDATE packages SET backend_ids = '{'", "Expecting property name"),
+    ("UPDATE packages SET published_at_ns = 'x'", "package 'demo'/"),
+    ("UPDATE package_names SET mtime_ns = 'x'", "name 'demo'"),
+]
+
+
+def test_a_forged_catalog_is_refused(exporting: Exporting) -> None:
+    """Trees without an end, set-uid bits, values of another kind: one line, and nothing is left."""
+    before = exporting.store.catalog_path.with_suffix(".before")
+    exporting.execute(f"VACUUM INTO '{before}'")
+    for sql, says in FORGED:
+        exporting.execute(f"{_HERE if 'FROM here' in sql else ''}{sql}")
+        done = exporting.cli("package", "export", "demo/latest", exporting.place / "out", code=2)
+        line = done.stderr.splitlines()[-1]
+        assert line.startswith("castore: error: the catalog has a row that no castore writes ("), sql
+        assert says in line
+        assert exporting.left() == []
+        shutil.copy(before, exporting.store.catalog_path)
+
+
+def test_a_forged_tree_has_an_end_for_whoever_asks_what_it_uses(exporting: Exporting) -> None:
+    """A directory inside of itself, in a package and beside it, whose file is damaged."""
+    exporting.execute(f"{_HERE}INSERT INTO entries SELECT 500, root, x'6C', root, {_DIRECTORY} FROM here")
+    exporting.execute(f"INSERT INTO entries VALUES (600, 600, x'6C', 600, {_DIRECTORY})")
+    exporting.execute(
+        "INSERT INTO entries SELECT 601, 600, x'66', 601, kind, mode, uid, gid, mtime_ns, ctime_ns, size_bytes, nlink, "
+        "blob_id, target, 0 FROM entries WHERE name = x'62' LIMIT 1"
+    )
+    exporting.damage(exporting.digests[b"sub/b"], "one")
+    for command, code in (("package show demo/2", 0), ("storage verify", 1), ("storage verify --package demo/2", 1)):
+        exporting.cli(*command.split(), code=code)
+    assert "has another place" in exporting.cli("package", "sums", "demo/2", code=2).stderr
 
 
 def test_killed_before_the_end(exporting: Exporting) -> None:

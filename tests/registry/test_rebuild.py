@@ -363,6 +363,11 @@ HOSTILE: list[tuple[str, Callable[[], bytes], str]] = [
     ("backends", lambda: packed(header("bad/1", backend_ids=[])), "backend_ids is not a list"),
     ("future", lambda: manifest_of("bad/1", published_at_ns=time.time_ns() + 2 * FUTURE_NS), "in the future"),
     ("other version", lambda: packed(header("bad/1", castore_manifest=2)), "manifest version 2"),
+    (
+        "values",
+        lambda: manifest_of("bad/1", {**ONE, "more": [{}] * 200_000, "text": '\\"[' * 9}),
+        "a line has more than 100000 values",
+    ),
     ("not gzip", lambda: b"hello", "not a whole manifest"),
     ("empty", lambda: b"", "not a package manifest"),
     ("deep", lambda: packed(b"[" * 200_000), "too deep"),
