@@ -348,8 +348,15 @@ class CastoreOperations(pyfuse3.Operations):
         if isinstance(handle, StagedHandle) and handle.writable:
             await self._flush_staged(handle)
 
-    @deadlined
     async def _flush_staged(self, handle: StagedHandle) -> None:
+        # Only what waits for earlier pieces to be hashed needs a deadline, and one costs as much as a query.
+        if handle.file.pending:
+            await self._flush_later(handle)
+        else:
+            await self._workspace.staged.flush(handle.file)
+
+    @deadlined
+    async def _flush_later(self, handle: StagedHandle) -> None:
         await self._workspace.staged.flush(handle.file)
 
     @guarded
@@ -360,8 +367,14 @@ class CastoreOperations(pyfuse3.Operations):
         elif isinstance(handle, BlobHandle):
             handle.blob.close()
 
-    @deadlined
     async def _release_staged(self, handle: StagedHandle) -> None:
+        if handle.file.pending:
+            await self._release_later(handle)
+        else:
+            await self._workspace.staged.release(handle.file, writable=handle.writable)
+
+    @deadlined
+    async def _release_later(self, handle: StagedHandle) -> None:
         await self._workspace.staged.release(handle.file, writable=handle.writable)
 
     @deadlined

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -332,12 +332,20 @@ class CatalogReader:
 
     def good_backends(self, digest: Digest) -> set[str]:
         """The backends that hold a blob in a good location, as of now: a decision needs the writer's answer."""
+        return self.good_backends_of({digest}).get(digest, set())
+
+    def good_backends_of(self, digests: Collection[Digest]) -> dict[Digest, set[str]]:
+        """As `good_backends`, of some hundred blobs by one query; without those that no backend has."""
+        marks = ", ".join("?" * len(digests))
         rows = self._rows(
-            "SELECT backend_id FROM storage_locations JOIN blobs USING (blob_id) "
-            "WHERE digest = ? AND algorithm = ? AND status IN (?, ?)",
-            (digest.raw, digest.algorithm, *GOOD_STATUSES),
+            "SELECT algorithm, digest, backend_id FROM storage_locations JOIN blobs USING (blob_id) "
+            f"WHERE digest IN ({marks}) AND status IN (?, ?)",
+            (*(digest.raw for digest in digests), *GOOD_STATUSES),
         )
-        return {row[0] for row in rows}
+        found: dict[Digest, set[str]] = {}
+        for algorithm, raw, backend_id in rows:
+            found.setdefault(Digest(algorithm, raw), set()).add(backend_id)
+        return found
 
     def paths_of(self, blob_id: int, limit: int) -> tuple[list[Use], int]:
         """Up to `limit` packages and paths that use a blob, oldest first, and how many there are in all."""

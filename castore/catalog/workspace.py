@@ -8,8 +8,8 @@ it durable when a user asks for that. The catalog beside it stays small, slow an
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -82,6 +82,20 @@ def _summary(row: Any) -> BlobSummary:
     return BlobSummary(Digest(row[0], row[1]), *row[2:])
 
 
+class _Transaction:
+    """For `with`, over and over: a generator for each costs some microseconds, for each name that a user makes."""
+
+    def __init__(self, begin: Callable[[], None], end: Callable[..., None]) -> None:
+        self._begin = begin
+        self._end = end
+
+    def __enter__(self) -> None:
+        self._begin()
+
+    def __exit__(self, kind: type[BaseException] | None, exc: object, traceback: object) -> None:
+        self._end(failed=kind is not None)
+
+
 class WorkspaceStore:
     """Access to the workspace database; use it from one thread at a time. Single statements commit at once."""
 
@@ -92,6 +106,7 @@ class WorkspaceStore:
         self._database = open_reader(path, kind) if read_only else open_writer(path, kind, synchronous="NORMAL")
         self._execute = executor(self._database.conn, path)
         self._depth = 0
+        self._transaction = _Transaction(self._begin, self._end)
         self._nodes: dict[int, Node] = {}
         """Nodes as they are in the database: only this connection writes to it. Forgotten all together when full."""
 
@@ -99,25 +114,30 @@ class WorkspaceStore:
         """Close the connection."""
         self._database.close()
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self) -> AbstractContextManager[None]:
         """All statements inside commit together or not at all. Nests: only the outermost commits."""
-        if self._depth:
-            yield
-            return
-        self._depth += 1
-        try:
+        return self._transaction
+
+    def _begin(self) -> None:
+        if not self._depth:
             self._execute("BEGIN IMMEDIATE")
-            try:
-                yield
+        self._depth += 1
+
+    def _end(self, *, failed: bool) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        try:
+            if not failed:
                 self._execute("COMMIT")
-            except BaseException:
+        except BaseException:
+            failed = True
+            raise
+        finally:
+            if failed:
                 self._nodes.clear()
                 if self._database.conn.in_transaction:
                     self._execute("ROLLBACK")
-                raise
-        finally:
-            self._depth -= 1
 
     def sync(self) -> None:
         """Make everything committed so far durable against power loss. Blocks for the disk; safe in any thread."""
@@ -216,6 +236,7 @@ class WorkspaceStore:
 
     def take_staged(self, limit: int) -> list[tuple[int, int, BlobSummary]]:
         """Mark up to `limit` staged files `uploading`; returns (inode, version_inode, summary) of each."""
+        # One statement is a transaction of its own.
         rows = self._execute(
             "UPDATE nodes SET state = 'uploading' WHERE inode IN "
             "(SELECT inode FROM nodes WHERE state = 'staged' AND state <> '' LIMIT ?) "
@@ -361,19 +382,37 @@ class WorkspaceStore:
             (size_bytes, mtime_ns, changed_ns, inode),
         )
 
-    def set_summary(self, inode: int, summary: BlobSummary) -> None:
-        """The file's bytes have that digest: it is staged."""
-        self.update_node(
-            inode,
-            state="staged",
-            error="",
-            algorithm=summary.digest.algorithm,
-            digest=summary.digest.raw,
-            size_bytes=summary.size_bytes,
-            block_size_bytes=summary.block_size_bytes,
-            checksum_algorithm=summary.checksum_algorithm,
-            checksums=summary.checksums,
+    def set_summary(
+        self, inode: int, summary: BlobSummary, *, mtime_ns: int | None = None, changed_ns: int = 0
+    ) -> None:
+        """The file's bytes have that digest: it is staged. With their times, unless those are noted already."""
+        known = self._nodes.pop(inode, None)
+        self._execute(
+            "UPDATE nodes SET state = 'staged', error = '', algorithm = ?, digest = ?, size_bytes = ?, "
+            "block_size_bytes = ?, checksum_algorithm = ?, checksums = ?, mtime_ns = coalesce(?, mtime_ns), "
+            "ctime_ns = max(ctime_ns, ?) WHERE inode = ?",
+            (
+                summary.digest.algorithm,
+                summary.digest.raw,
+                summary.size_bytes,
+                summary.block_size_bytes,
+                summary.checksum_algorithm,
+                summary.checksums,
+                mtime_ns,
+                changed_ns,
+                inode,
+            ),
         )
+        if known is not None:  # it is asked for at once: by whoever closes it, and by its put
+            self._remember(
+                replace(
+                    known,
+                    state="staged",
+                    size_bytes=summary.size_bytes,
+                    mtime_ns=known.mtime_ns if mtime_ns is None else mtime_ns,
+                    ctime_ns=max(known.ctime_ns, changed_ns),
+                )
+            )
 
     def clear_summary(self, inode: int) -> None:
         """The file's bytes are about to change: it is receiving again."""
@@ -418,9 +457,10 @@ class WorkspaceStore:
         )
         return int(cursor.rowcount)
 
-    def insert_link(self, link_id: int, parent: int, name: bytes, inode: int) -> None:
-        """Add a name."""
-        self._execute("INSERT INTO links VALUES (?, ?, ?, ?)", (link_id, parent, name, inode))
+    def insert_link(self, link_id: int, parent: int, name: bytes, inode: int) -> bool:
+        """Add a name; False when the directory has it already."""
+        sql = "INSERT INTO links VALUES (?, ?, ?, ?) ON CONFLICT (parent, name) DO NOTHING"
+        return bool(self._execute(sql, (link_id, parent, name, inode)).rowcount)
 
     def delete_link(self, parent: int, name: bytes) -> None:
         """Remove a name."""

@@ -25,6 +25,7 @@ from castore.ingest.disk_room import DiskRoom
 from castore.ingest.hashing import INLINE_BYTES, HashQueue, hash_file
 from castore.ingest.pulse import Signal
 from castore.ingest.room import StagingRoom
+from castore.ingest.spare_files import SpareFiles
 from castore.ingest.staged_file import StagedFile
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,9 @@ class StagedFiles:
         on_staged: Callable[[], None] = lambda: None,
         on_lost: Callable[[int], None] = lambda _: None,
         cache: DiskCache | None = None,
+        spares: SpareFiles | None = None,
     ) -> None:
+        self._spares = spares
         self._store = store
         self.folder = folder
         self._hashes = hashes
@@ -140,10 +143,19 @@ class StagedFiles:
 
     # handles
 
+    def expect(self) -> None:
+        """A directory was made: files will follow."""
+        if self._spares is not None:
+            self._spares.expect()
+
     def create(self, node: Node) -> StagedFile:
         """Open a new node's empty file for writing: one handle, one writer."""
-        descriptor = os.open(self._place(node.inode), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        file = StagedFile(node, descriptor)
+        place = self._place(node.inode)
+        made_ahead = self._spares is not None and self._spares.take(place)
+        flags = os.O_RDWR | os.O_CLOEXEC if made_ahead else os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        file = StagedFile(node, os.open(place, flags, 0o600))
+        if made_ahead:
+            file.set_mtime(node.mtime_ns)
         file.hasher = self.new_hasher()
         file.handles = file.writers = 1
         self._open[node.inode] = file
@@ -431,9 +443,7 @@ class StagedFiles:
         if changes != file.changes or not file.is_dirty:
             return  # changed meanwhile: whoever changed it will finish it
         failpoint("file.closing")
-        with self._store.transaction():
-            self._store.set_summary(file.inode, summary)
-            self._note(file)
+        self._store.set_summary(file.inode, summary, mtime_ns=file.mtime_ns, changed_ns=file.changed_ns)
         file.is_dirty = False
         self._seed(file, summary)
         failpoint("file.staged")

@@ -24,6 +24,7 @@ from castore.ingest.labels import LabelReader
 from castore.ingest.leftovers import Leftovers
 from castore.ingest.publisher import Publisher
 from castore.ingest.recovery import recover_bytes, recover_names
+from castore.ingest.spare_files import SpareFiles
 from castore.ingest.tree import IngestTree
 from castore.ingest.uploader import Uploader
 from castore.registry.routing import Router
@@ -50,7 +51,7 @@ class Ingest:
     ) -> None:
         staging = config.store.state_dir / "staging"
         self._manifests = staging / "manifests"
-        for folder in (staging, staging / "data", self._manifests):
+        for folder in (staging, staging / "data", staging / "spare", self._manifests):
             folder.mkdir(mode=0o700, exist_ok=True)
         workspace = staging / "workspace.db"
         create_workspace(workspace)
@@ -60,6 +61,7 @@ class Ingest:
         self._writer = writer
         self._hashes = HashQueue()
         self._block_digest = config.block_digest
+        self._spares = SpareFiles(staging / "spare")
         self._router = Router(config.routing, frozenset(backends), source=config.source)
         self._numbers = InodeNumbers(writer)
         self.labels = LabelReader(self.store, default_retention_class=config.ingest.default_retention_class)
@@ -73,6 +75,7 @@ class Ingest:
             on_staged=lambda: self.uploader.wake(),
             on_lost=lambda inode: self.uploader.lose(inode),
             cache=cache,
+            spares=self._spares,
         )
         self.tree = IngestTree(
             self.store,
@@ -119,6 +122,7 @@ class Ingest:
     async def recover(self) -> None:
         """Before serving: names, sizes and states as an earlier daemon left them, made right."""
         await self._numbers.refill()
+        self._spares.clear()
         self._unfinished_publishes = await recover_names(
             self.store,
             files=self.files,
@@ -133,6 +137,7 @@ class Ingest:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._hashes.run)
             nursery.start_soon(self.files.run)
+            nursery.start_soon(self._spares.run)
             nursery.start_soon(self.uploader.run)
             nursery.start_soon(self.leftovers.remove_of_the_dead)
             nursery.start_soon(self.expiry.run)

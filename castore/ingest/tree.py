@@ -91,8 +91,7 @@ class IngestTree:
 
     def lookup(self, parent: int, name: bytes) -> Node | None:
         """The node of that name, or None."""
-        if len(name) > NAME_MAX:
-            raise NameTooLong(f"a name has at most {NAME_MAX} bytes")
+        self._check_length(name)
         node = self._store.child(parent, name)
         return None if node is None else self._live(node)
 
@@ -170,6 +169,7 @@ class IngestTree:
             version_inode = 0
         else:
             version_inode = above.version_inode or inode
+            self._files.expect()
         with self._store.transaction():
             if above is None:
                 self._name_inodes(name.decode())
@@ -201,8 +201,7 @@ class IngestTree:
         above = self._inside_version(parent)
         with self._store.transaction():
             self._insert(above, parent, name, inode, above.version_inode, Kind.FILE, mode=mode, uid=uid, gid=gid)
-            self._store.set_summary(inode, summary)
-            self._store.update_node(inode, mtime_ns=mtime_ns)
+            self._store.set_summary(inode, summary, mtime_ns=mtime_ns)
         return self.get(inode)
 
     def symlink(self, parent: int, name: bytes, target: bytes, *, uid: int, gid: int) -> Node:
@@ -243,7 +242,7 @@ class IngestTree:
         gid: int,
         target: bytes = b"",
     ) -> Node:
-        self._check_free(parent, name)
+        self._check_length(name)
         now = time.time_ns()
         if above is not None and above.mode & stat.S_ISGID:
             gid = above.gid
@@ -265,7 +264,8 @@ class IngestTree:
         )
         with self._store.transaction():
             self._store.insert_node(node)
-            self._store.insert_link(inode, parent, name, inode)
+            if not self._store.insert_link(inode, parent, name, inode):
+                raise AlreadyExists("the name is taken")
             if above is not None:
                 self._store.touch(parent, now)
         return node
@@ -518,9 +518,13 @@ class IngestTree:
             raise NotPermitted("files lie below ingest/NAME/VERSION; make those directories first")
         return above
 
-    def _check_free(self, parent: int, name: bytes) -> None:
+    @staticmethod
+    def _check_length(name: bytes) -> None:
         if len(name) > NAME_MAX:
             raise NameTooLong(f"a name has at most {NAME_MAX} bytes")
+
+    def _check_free(self, parent: int, name: bytes) -> None:
+        self._check_length(name)
         if self._store.child(parent, name) is not None:
             raise AlreadyExists("the name is taken")
 

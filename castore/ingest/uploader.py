@@ -48,7 +48,9 @@ log = logging.getLogger(__name__)
 BATCH_FILES: Final = 64
 """Files that share one transaction of intents: a commit costs about as much as one small put."""
 LINGER_SECONDS: Final = 0.01
-"""How long a staged file waits for others to share a commit with: far below what a person notices."""
+LINGER_SECONDS_MAX: Final = 0.05
+"""How long a staged file waits for others to share a commit with, and how long while they come one after the other: far
+below what a person notices."""
 IN_FLIGHT_FILES: Final = 256
 """Files picked and not yet stored or failed; bounds what the uploader remembers."""
 WORKERS: Final = 8
@@ -124,6 +126,8 @@ class Uploader:
         self._leftovers = leftovers
         self._owner = owner
         self._wake = trio.Event()
+        self._woken = 0
+        """How often since the last files were picked."""
         self._uploads: dict[Digest, _Upload] = {}
         self._file_count = 0
         self._puts, self._put_queue = trio.open_memory_channel[tuple[_Upload, str]](0)
@@ -140,6 +144,7 @@ class Uploader:
 
     def wake(self) -> None:
         """There are staged files."""
+        self._woken += 1
         self._wake.set()
 
     def retry_now(self, version_inode: int) -> None:
@@ -162,12 +167,11 @@ class Uploader:
     async def _dispatch_batch(self) -> None:
         while self._file_count >= IN_FLIGHT_FILES:
             await self.progress.wait()
-        # Files that come one after another share commits: the first of them waits for the next few.
-        await trio.sleep(LINGER_SECONDS)
+        await self._linger()
         self._wake = trio.Event()
+        self._woken = 0
         try:
-            with self._store.transaction():
-                picked = self._store.take_staged(min(BATCH_FILES, IN_FLIGHT_FILES - self._file_count))
+            picked = self._store.take_staged(min(BATCH_FILES, IN_FLIGHT_FILES - self._file_count))
         except StateError as exc:
             log.warning("staged files are not put yet: %s", exc)
             await trio.sleep(RETRY_SECONDS_MIN)
@@ -177,10 +181,14 @@ class Uploader:
             return
         failpoint("put.picked")
         uploads: list[_Upload] = []
+        routes: dict[int, Route] = {}
+        good: dict[Digest, set[str]] | None = None
         for inode, version_inode, summary in picked:
             while True:
                 try:
-                    await self._pick(inode, version_inode, summary, uploads)
+                    if good is None:
+                        good = self._catalog.good_backends_of({summary.digest for _, _, summary in picked})
+                    await self._pick(inode, version_inode, summary, uploads, routes, good.get(summary.digest, set()))
                     break
                 except StateError as exc:  # with nothing changed
                     self._complaints.warning("not picked", f"a staged file is not put yet: {exc}")
@@ -200,9 +208,27 @@ class Uploader:
                 for backend_id in sorted(upload.missing):
                     await self._puts.send((upload, backend_id))
 
-    async def _pick(self, inode: int, version_inode: int, summary: BlobSummary, uploads: list[_Upload]) -> None:
+    async def _linger(self) -> None:
+        """Files that come one after another share commits: the first of them waits for the next, while they come."""
+        with trio.move_on_after(LINGER_SECONDS_MAX):
+            seen = -1
+            while seen < self._woken < BATCH_FILES:
+                seen = self._woken
+                await trio.sleep(LINGER_SECONDS)
+
+    async def _pick(
+        self,
+        inode: int,
+        version_inode: int,
+        summary: BlobSummary,
+        uploads: list[_Upload],
+        routes: dict[int, Route],
+        good: set[str],
+    ) -> None:
+        """`uploads` and `routes` are those of the batch so far; `good` are the backends that have these bytes."""
         try:
-            route = await self.route(version_inode)
+            route = routes.get(version_inode) or await self.route(version_inode)
+            routes[version_inode] = route
         except NotFound:
             # Its version is gone; the file is not, if it was moved to another one since it was picked.
             node = self._store.node(inode)
@@ -223,7 +249,7 @@ class Uploader:
             else:
                 running.followers.append(inode)
             return
-        stored = self._catalog.good_backends(summary.digest) & wanted
+        stored = good & wanted
         upload = _Upload(summary, [inode], wanted - stored, list(stored), changes=self._files.watch(inode))
         self._file_count += 1
         self._uploads[summary.digest] = upload

@@ -28,10 +28,12 @@ class PausingBackend(Wrapping):
         super().__init__(backend)
         self.put_done = trio.Event()
         self.go_on = trio.Event()
+        self.put_count = 0
 
     async def _around(self, operation: Operation, call: Callable[[], Awaitable[T]]) -> T:
         result = await call()
         if operation.name == "put":
+            self.put_count += 1
             self.put_done.set()
             await self.go_on.wait()
         return result

@@ -314,6 +314,20 @@ async def test_bounds(tmp_path: Path) -> None:
     again.store.close()
 
 
+async def test_a_digest_on_its_way_is_not_that_of_bytes_written_since(staging: Staging) -> None:
+    """Closed, and written to by another handle before the hashing came to its end."""
+    async with staging.running():
+        file = staging.create(100)
+        data = os.urandom(INLINE_BYTES * 2)
+        await staging.files.write(file, 0, data)
+        await staging.files.flush(file)
+        assert file.pending, "the digest of what was there is on its way"
+        await staging.files.write(file, 0, b"x")
+        await staging.close_file(file)
+        assert await staging.digest(100) == Digest.of(b"x" + data[1:])
+    assert staging.staged_count == 1
+
+
 async def test_how_long_a_write_waits_for_room(staging: Staging, autojump_clock: trio.testing.MockClock) -> None:
     """ROOM_SECONDS while another version is being published; not at all for its own, which may wait for the writer."""
     files = staging.files

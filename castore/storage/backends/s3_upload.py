@@ -48,11 +48,10 @@ _CLOCK_SLACK: Final = timedelta(seconds=5)
 
 @dataclass(slots=True)
 class _Upload:
-    """The upload that a put works on, the parts of it that are there already, and older ones to the same key."""
+    """The upload that a put works on, and the parts of it that are there already."""
 
     found: Unfinished
     held: Mapping[int, HeldPart] = field(default_factory=dict)
-    others: list[Unfinished] = field(default_factory=list)
     can_be_taken_up: bool = True
     """Whether the next put of the object can find it and make use of it."""
     ended: StorageError | None = None
@@ -158,15 +157,12 @@ class Uploads:
         finally:
             self._busy.discard(upload.found.upload_id)
         self._begun.discard(upload.found.upload_id)
-        for other in upload.others:
-            if other.upload_id not in self._busy:
-                await self._abort(what, other)
+        await self._abort_others(what, upload.found)
 
     async def _open_upload(self, what: str, key: str, sizes: list[int]) -> _Upload:
         """One that was broken off, by this or by another process; or a new one. No other put of this process has it.
 
-        One that another process works on just now may be taken, too: both send the same bytes. The others that are
-        there are aborted once the object is stored, when nobody needs them.
+        One that another process works on just now may be taken, too: both send the same bytes.
         """
         found: list[Unfinished] = []
         can_be_taken_up = not self._hides_md5s
@@ -186,9 +182,8 @@ class Uploads:
                 if held is None:
                     self._busy.discard(candidate.upload_id)
             if held is not None:
-                return _Upload(candidate, held, [other for other in found if other is not candidate])
+                return _Upload(candidate, held)
         upload = await self._begin(what, key)
-        upload.others = found
         upload.can_be_taken_up = can_be_taken_up
         return upload
 
@@ -315,6 +310,20 @@ class Uploads:
         self._begun.discard(upload.upload_id)
         with trio.move_on_after(ABORT_S, shield=True), suppress(StorageError):
             await self._unfinished.abort(what, upload)
+
+    async def _abort_others(self, what: str, completed: Unfinished) -> None:
+        """The object is stored: nobody needs any other upload to its key.
+
+        They are asked for now, and not before the put: a server that hung may have begun one since, for a request that
+        its caller gave up on. The completed one is never aborted.
+        """
+        try:
+            found = await self._unfinished.of_key(what, completed.key)
+        except StorageError:
+            return  # the object is stored all the same; a sweep finds them
+        for other in found:
+            if other.upload_id != completed.upload_id and other.upload_id not in self._busy:
+                await self._abort(what, other)
 
     # proof
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import trio
+from botocore.exceptions import ClientError
 
 from castore.config import S3Settings
 from castore.digest import Digest
@@ -473,6 +475,50 @@ async def test_an_upload_whose_parts_are_refused_is_not_taken_up_again(world: Wo
         with pytest.raises(StorageUnavailable, match="InvalidPart"):
             await backend.put(digest, BytesSource(data))
     assert world.uploads(digest) == []
+
+
+# what servers do late, or twice
+
+
+@every_server_here
+async def test_an_upload_that_begins_when_its_caller_is_gone(world: World) -> None:
+    """A server that hung takes in what it was sent meanwhile: also a request whose caller gave up, and tried again."""
+    digest, data = blob(2 * PART)
+    late: list[Callable[[], Awaitable[Answered]]] = []
+
+    async def interfere(request: Request, forward: Forward) -> Answered | None:
+        if request.method == "POST" and "uploads" in request.query and not late:
+            late.append(partial(forward, request))
+            raise EOFError  # the connection ends
+        if is_complete(request):
+            assert (await late[0]()).status == 200
+        return None
+
+    async with world.backend(interfere) as (backend, _):
+        with pytest.raises(StorageUnavailable):
+            await backend.put(digest, BytesSource(data))
+        await backend.put(digest, BytesSource(data))
+        assert late
+    await world.expect_stored(digest, data)
+
+
+@every_server_here
+async def test_an_upload_that_was_completed_is_aborted_and_completed_again(world: World) -> None:
+    """Whoever lost the answer to a Complete may do either: the object stays as it is."""
+    digest, data = blob(2 * PART)
+    upload_id = world.begin(digest)
+    where = {"Bucket": world.settings.bucket, "Key": world.key(digest), "UploadId": upload_id}
+    parts = []
+    for number in (1, 2):
+        body = data[(number - 1) * PART : number * PART]
+        etag = world.outside.upload_part(**where, PartNumber=number, Body=body)["ETag"]
+        parts.append({"PartNumber": number, "ETag": etag})
+    complete = partial(world.outside.complete_multipart_upload, MultipartUpload={"Parts": parts})
+    complete(**where)
+    for again in (world.outside.abort_multipart_upload, complete, world.outside.abort_multipart_upload):
+        with suppress(ClientError):
+            again(**where)
+        await world.expect_stored(digest, data)
 
 
 # what depends on settings and rights

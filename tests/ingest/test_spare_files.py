@@ -1,0 +1,64 @@
+"""Files that are made ahead: how many there are, where they go, and what is left of an earlier daemon's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+import trio.testing
+
+from castore.ingest.spare_files import SPARES, SpareFiles
+from tests.mount.store import wait_until
+
+
+@asynccontextmanager
+async def running(spares: SpareFiles) -> AsyncIterator[None]:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(spares.run)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+async def until_there_are(folder: Path, count: int) -> None:
+    def wait() -> None:
+        wait_until(lambda: len(os.listdir(folder)) >= count, f"{count} files are made")
+
+    await trio.to_thread.run_sync(wait)
+
+
+async def test_they_are_made_when_they_are_wanted_and_no_more(tmp_path: Path) -> None:
+    folder, target = tmp_path / "spare", tmp_path / "data"
+    folder.mkdir()
+    target.mkdir()
+    (folder / "of an earlier daemon").write_bytes(b"bytes")
+    spares = SpareFiles(folder)
+    spares.clear()
+    assert os.listdir(folder) == []
+    async with running(spares):
+        await trio.testing.wait_all_tasks_blocked()
+        assert not spares.take(f"{target}/early"), "nobody said that files would come"
+        await until_there_are(folder, SPARES)
+        await trio.testing.wait_all_tasks_blocked()
+        for number in range(SPARES // 2 - 1):
+            assert spares.take(f"{target}/{number}")
+            spares.expect()
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(os.listdir(folder)) == SPARES // 2 + 1, "more than half are left"
+        assert spares.take(f"{target}/more")
+        assert spares.take(f"{target}/and more")
+        await until_there_are(folder, SPARES)
+        assert len(os.listdir(folder)) == SPARES
+    assert len(os.listdir(target)) == SPARES // 2 + 1
+    assert {(item.stat().st_size, item.stat().st_mode & 0o777) for item in os.scandir(target)} == {(0, 0o600)}
+
+
+async def test_without_a_folder_to_make_them_in_each_file_is_made_when_it_is_created(tmp_path: Path) -> None:
+    spares = SpareFiles(tmp_path / "gone")
+    async with running(spares):
+        assert not spares.take(f"{tmp_path}/a")
+        await trio.testing.wait_all_tasks_blocked()
+        assert not spares.take(f"{tmp_path}/a")
+    assert os.listdir(tmp_path) == []
