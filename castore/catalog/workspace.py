@@ -236,7 +236,6 @@ class WorkspaceStore:
 
     def take_staged(self, limit: int) -> list[tuple[int, int, BlobSummary]]:
         """Mark up to `limit` staged files `uploading`; returns (inode, version_inode, summary) of each."""
-        # One statement is a transaction of its own.
         rows = self._execute(
             "UPDATE nodes SET state = 'uploading' WHERE inode IN "
             "(SELECT inode FROM nodes WHERE state = 'staged' AND state <> '' LIMIT ?) "

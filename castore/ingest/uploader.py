@@ -171,7 +171,8 @@ class Uploader:
         self._wake = trio.Event()
         self._woken = 0
         try:
-            picked = self._store.take_staged(min(BATCH_FILES, IN_FLIGHT_FILES - self._file_count))
+            with self._store.transaction():
+                picked = self._store.take_staged(min(BATCH_FILES, IN_FLIGHT_FILES - self._file_count))
         except StateError as exc:
             log.warning("staged files are not put yet: %s", exc)
             await trio.sleep(RETRY_SECONDS_MIN)
