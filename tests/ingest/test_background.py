@@ -10,6 +10,8 @@ import trio
 
 from castore.catalog.workspace import Publishing
 from castore.ingest.expiry import ExpiryWatch
+from castore.ingest.service import Ingest
+from castore.ingest.staged_file import StagedFile
 from castore.ingest.tree import INGEST_ROOT
 from tests.ingest.running import running_ingest
 
@@ -22,6 +24,26 @@ async def _until(condition: Callable[[], object]) -> None:
             await trio.sleep(0.01)
 
 
+def _create(ingest: Ingest) -> StagedFile:
+    """ingest/n/1/f, open for writing."""
+    name = ingest.tree.mkdir(INGEST_ROOT, b"n", **OWNER)
+    version = ingest.tree.mkdir(name.inode, b"1", **OWNER)
+    return ingest.files.create(ingest.tree.create(version.inode, b"f", **OWNER))
+
+
+async def test_staged_files_while_the_catalog_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with running_ingest(tmp_path) as (ingest, backend, catalog):
+        backend.go_on.set()
+        file = _create(ingest)
+        catalog.close()
+        await ingest.files.write(file, 0, b"bytes")
+        await ingest.files.release(file, writable=True)
+        await _until(lambda: "a staged file is not put yet: " in caplog.text)
+        catalog.reopen()
+        await _until(lambda: ingest.tree.get(file.inode).state == "stored")
+    caplog.clear()
+
+
 async def test_a_publish_that_cannot_be_undone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     note = Publishing(5, "n", "1", bytes(32))
     async with running_ingest(tmp_path) as (ingest, _, _):
@@ -29,9 +51,7 @@ async def test_a_publish_that_cannot_be_undone(tmp_path: Path, caplog: pytest.Lo
     # As a catalog that another process holds locked, only sooner.
     async with running_ingest(tmp_path, lambda _, writer: writer.close()) as (ingest, _, _):
         await _until(lambda: "the manifest of unpublished n/1 stays until the next try or start: " in caplog.text)
-        name = ingest.tree.mkdir(INGEST_ROOT, b"n", **OWNER)
-        version = ingest.tree.mkdir(name.inode, b"1", **OWNER)
-        file = ingest.files.create(ingest.tree.create(version.inode, b"f", **OWNER))
+        file = _create(ingest)
         await ingest.files.write(file, 0, bytes(3_000_000))
         await ingest.files.release(file, writable=True)
         await _until(lambda: ingest.store.summary(file.inode))
