@@ -13,10 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from sqlite_utils import Database
-
 from castore.catalog import schema
 from castore.catalog.checks import CHECKS, RESTORE, Check
+from castore.catalog.connection import Database, open_in_memory
 from castore.catalog.reader import CatalogReader
 from castore.errors import CatalogBusy, StateError
 
@@ -196,7 +195,8 @@ class CheckReader(CatalogReader):
 
     def _types(self) -> Iterator[tuple[Any, str]]:
         database = _fresh()
-        for table in database.table_names():
+        tables = database.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall()
+        for (table,) in tables:
             columns = [(row[1], row[2].lower()) for row in database.execute(f"PRAGMA table_info({table})")]
             if table.startswith(("_", "sqlite_")):
                 continue
@@ -232,8 +232,8 @@ class CheckReader(CatalogReader):
 
 def _fresh() -> Database:
     """An empty catalog of this castore, in memory."""
-    database = Database(memory=True)
-    schema.catalog_migrations.apply(database)
+    database = open_in_memory()
+    schema.catalog_migrations.apply(database.conn)
     return database
 
 

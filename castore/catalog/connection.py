@@ -11,14 +11,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import quote
-
-from sqlite_utils import Database
-from sqlite_utils.migrations import Migrations
 
 from castore.catalog import schema
 from castore.catalog.copy_file import copy_database
+from castore.catalog.schema import MIGRATIONS_TABLE, Migrations
 from castore.errors import CatalogBusy, CatalogFull, CatalogTooNew, StateError
 from castore.failpoint import failpoint
 from castore.mountinfo import is_dead, read_mounts
@@ -43,6 +41,26 @@ _NO_ROOM_BYTES: Final = 1024 * 1024
 
 _CACHE_KIB: Final = 16 * 1024
 """Page cache of one connection: holds the index pages of some hundred thousand entries."""
+
+
+class Database:
+    """An open connection."""
+
+    __slots__ = ("conn", "execute")
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.conn = connection
+        self.execute = connection.execute
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close it."""
+        self.conn.close()
 
 
 @contextmanager
@@ -119,12 +137,10 @@ def _check_kind(database: Database, path: Path, migrations: Migrations) -> None:
     if not tables:
         return
     made = (
-        migrations.migrations_table in tables
-        and execute(
-            f"SELECT 1 FROM {migrations.migrations_table} WHERE migration_set = ?", [migrations.name]
-        ).fetchone()
+        MIGRATIONS_TABLE in tables
+        and execute(f"SELECT 1 FROM {MIGRATIONS_TABLE} WHERE migration_set = ?", [migrations.name]).fetchone()
     )
-    if not made and not tables <= {migrations.migrations_table}:
+    if not made and not tables <= {MIGRATIONS_TABLE}:
         kind = "catalog" if migrations is schema.catalog_migrations else "workspace"
         raise StateError(f"{path}: is a database of something else, not a {kind} of castore; give another path")
 
@@ -180,6 +196,11 @@ def _open(path: Path, kind: Migrations, *, mode: str, settings: str) -> Database
             database.close()
             raise
         return database
+
+
+def open_in_memory() -> Database:
+    """A database of its own, gone when it is closed."""
+    return Database(sqlite3.connect(":memory:", isolation_level=None))
 
 
 def open_side_database(path: Path, create: str) -> Database:
@@ -300,7 +321,7 @@ def _migrated(path: Path, migrations: Migrations) -> Iterator[Database]:
             database.execute("PRAGMA journal_mode = WAL")
             # All or nothing: after a kill, or on a full disk, it is of the version that it had, and works with it.
             database.execute("BEGIN IMMEDIATE")
-            migrations.apply(database)
+            migrations.apply(database.conn)
             yield database
             if version != schema.SCHEMA_VERSION:
                 database.execute(f"PRAGMA user_version = {schema.SCHEMA_VERSION}")

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 from pysqlite3 import dbapi2 as sqlite3
-from sqlite_utils import Database
 
 from castore.catalog import connection, schema
-from castore.catalog.connection import FIRST_INODE, create_catalog, create_workspace, open_reader, open_writer
+from castore.catalog.connection import FIRST_INODE, Database, create_catalog, create_workspace, open_reader, open_writer
 from castore.catalog.reader import CatalogReader
 from castore.catalog.schema import SCHEMA_VERSION, catalog_migrations
 from castore.errors import CatalogBusy, CatalogFull, CatalogTooNew, StateError
@@ -60,7 +59,7 @@ def test_one_of_the_first_version_is_brought_up_to_date(catalog: Path, tmp_path:
     """By `castore init`, with all that is in it; nothing else touches it."""
     old = tmp_path / "old.db"
     with closing(sqlite3.connect(old, isolation_level=None)) as raw:
-        catalog_migrations.apply(Database(raw), stop_before="0002_proof_of_locations")
+        catalog_migrations.apply(raw, stop_before="0002_proof_of_locations")
         raw.execute("INSERT INTO catalog_info VALUES (1, 'the one', 5)")
         raw.execute("PRAGMA user_version = 1")
     with pytest.raises(StateError, match="of an older castore; run `castore init`"):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from pysqlite3 import dbapi2 as sqlite3
-from sqlite_utils import Database
 
 from castore.catalog.checking import CheckReader
 from castore.catalog.connection import create_catalog, open_writer, read_catalog_id
@@ -84,9 +83,9 @@ def test_an_upgrade_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     """As a castore left it that committed each migration by itself, and the version last."""
     path = tmp_path / "catalog.db"
     load(1, path)
-    names = [migration.name for migration in catalog_migrations._migrations]
+    names = [name for name, _ in catalog_migrations.steps]
     with closing(sqlite3.connect(path, isolation_level=None)) as raw:
-        catalog_migrations.apply(Database(raw), stop_before=names[2])
+        catalog_migrations.apply(raw, stop_before=names[2])
     create_catalog(path)
     assert version_of(path) == SCHEMA_VERSION
     with CheckReader(path) as reader:

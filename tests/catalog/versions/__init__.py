@@ -13,7 +13,6 @@ from sqlite3.dump import _iterdump  # type: ignore[attr-defined]
 from typing import Final
 
 from pysqlite3 import dbapi2 as sqlite3
-from sqlite_utils import Database
 
 from castore.catalog.schema import SCHEMA_VERSION, catalog_migrations
 
@@ -35,10 +34,10 @@ def load(version: int, path: Path) -> None:
 
 def write_next(version: int) -> None:
     """Write the file of a version from that of the one before."""
-    names = [migration.name for migration in catalog_migrations._migrations]
+    names = [name for name, _ in catalog_migrations.steps]
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as raw:
         raw.executescript(path_of(version - 1).read_text())
-        catalog_migrations.apply(Database(raw), stop_before=names[version] if version < len(names) else None)
+        catalog_migrations.apply(raw, stop_before=names[version] if version < len(names) else None)
         path_of(version).write_text("\n".join(_iterdump(raw)) + "\n")
 
 
