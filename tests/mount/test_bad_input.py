@@ -23,11 +23,12 @@ MODES = ((), ("--background",))
 def listing(root: Path) -> dict[str, tuple[int, str]]:
     """Everything below a folder but the mount: mode and digest, of a database that of what it holds.
 
-    Left out is what every start writes: the log, the lock, and the side files that SQLite makes even for a reader.
+    Left out is what every start writes: the log, the lock, and the side files that SQLite makes even for a reader; and
+    the empty files that a daemon that runs makes ahead.
     """
     found = {}
     for folder, folders, files in os.walk(root):
-        for left_out in {"mnt", "log", "run"} & set(folders):
+        for left_out in {"mnt", "log", "run", "spare"} & set(folders):
             folders.remove(left_out)
         for name in [*folders, *(name for name in files if not name.endswith(("-shm", "-wal")))]:
             path = Path(folder, name)
