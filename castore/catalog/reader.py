@@ -217,7 +217,10 @@ class CatalogReader:
 
     def attributes(self, inode: int) -> dict[bytes, bytes]:
         """The extended attributes that the publisher set."""
-        return dict(self._rows("SELECT name, value FROM entry_attributes WHERE inode = ?", (inode,)))
+        found = dict(self._rows("SELECT name, value FROM entry_attributes WHERE inode = ?", (inode,)))
+        if not all(isinstance(each, bytes) for pair in found.items() for each in pair):
+            raise foreign_row(f"an attribute of entry {inode}")
+        return found
 
     # names and packages
 
