@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import signal
 import sqlite3
@@ -19,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from castore.mountinfo import read_mounts
-from mount.kernel import READ_AHEAD_KIB
+from mount.kernel import READ_AHEAD_KIB, tune
 from tests.mount.daemons import cpu_ticks, descriptor, ended_cleanly, foreground, resident_kib, state_of
 from tests.mount.store import WAIT_SECONDS, MountedStore, fails, run_tool, wait_until
 
@@ -48,6 +49,20 @@ def test_the_kernel_reads_ahead_as_it_is_told(make_store: Callable[..., MountedS
         read_ahead = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb").read_text()
         assert int(read_ahead) == READ_AHEAD_KIB or "large reads are slower" in store.log()
         store.umount()
+
+
+def test_what_may_not_be_raised_is_one_line_of_log(store: MountedStore, caplog: pytest.LogCaptureFixture) -> None:
+    """As somebody who may not write to /sys."""
+    caplog.set_level(logging.INFO, "mount.kernel")
+    mine = os.geteuid()
+    os.seteuid(65534 if mine == 0 else mine)
+    try:
+        tune(store.mnt)
+    finally:
+        os.seteuid(mine)
+    ahead, background = [record.getMessage() for record in caplog.records if record.name == "mount.kernel"]
+    assert ahead.endswith("/read_ahead_kb stays as it is (Permission denied): large reads are slower")
+    assert background.startswith("max_background stays as it is (")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
