@@ -47,8 +47,8 @@ LOW_FREE_INODES: Final = 10_000
 _INLINE_BYTES: Final = 1 << 20
 """Bytes copied from the page cache before other tasks get their turn; about 100 microseconds."""
 _SCAN_BYTES: Final = 1 << 19
-"""A piece of a scan: fits into a core's cache, where SHA-256 takes 0.6 of the time that it takes from memory. With half of
-it the scanning threads wait for the interpreter twice as often, which costs 5 % of the time; twice is no faster."""
+"""A piece of a scan: fits into a core's cache, where SHA-256 takes 0.6 of the time that it takes from memory. With half
+of it the scanning threads wait for the interpreter twice as often, which costs 5 % of the time; twice is no faster."""
 _RECENT_PATHS: Final = 1024
 """Paths that may be read without a thread: 8 microseconds for 4 KiB instead of 60."""
 _PAGE_OBJECTS: Final = 1000
