@@ -49,13 +49,14 @@ class RateWindow:
         self._seconds[-1][2] += size_bytes
 
     def rate(self) -> Rate:
-        """Over the window, or since the first file after a pause as long."""
+        """Over the whole seconds of the window and the one that runs, or since the first file after a pause as long."""
         now = trio.current_time()
         self._forget(now)
-        span = min(float(WINDOW_SECONDS), max(1.0, now - self._busy_since))
+        since = max(self._busy_since, float(int(now) - WINDOW_SECONDS + 1))
+        span = max(1.0, now - since)
         files, size = (sum(second[part] for second in self._seconds) for part in (1, 2))
         return Rate(round(files / span, 3), round(size / span, 3))
 
     def _forget(self, now: float) -> None:
-        while self._seconds and self._seconds[0][0] <= now - WINDOW_SECONDS:
+        while self._seconds and self._seconds[0][0] <= int(now) - WINDOW_SECONDS:
             self._seconds.popleft()

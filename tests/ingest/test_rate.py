@@ -17,13 +17,37 @@ async def test_it_counts_the_last_seconds(mock_clock: MockClock) -> None:
     for _ in range(1000):
         window.add(1, 100)
         mock_clock.jump(1)
-    assert 0.9 <= window.rate().files_per_s <= 1
-    assert 90 <= window.rate().bytes_per_s <= 100
-    assert len(window._seconds) <= WINDOW_SECONDS + 1
+    assert window.rate() == Rate(1, 100), "as it was in the last seconds, not since the first"
+    assert len(window._seconds) == WINDOW_SECONDS - 1, "memory is bounded; the second that runs has none yet"
+    mock_clock.jump(0.5)
+    assert window.rate() == Rate(round((WINDOW_SECONDS - 1) / 9.5, 3), round((WINDOW_SECONDS - 1) * 100 / 9.5, 3))
     mock_clock.jump(WINDOW_SECONDS + 1)
     assert window.rate() == Rate(0, 0)
     window.add(5, 0)
     assert window.rate() == Rate(5, 0)
+
+
+async def test_what_comes_within_a_second_is_one_entry_of_the_window(mock_clock: MockClock) -> None:
+    window = RateWindow()
+    for _ in range(4 * WINDOW_SECONDS * 4):
+        window.add(1, 10)
+        mock_clock.jump(0.25)
+    assert len(window._seconds) == WINDOW_SECONDS
+    assert window.rate() == Rate(4, 40)
+
+
+async def test_a_pause_as_long_as_the_window_does_not_count(mock_clock: MockClock) -> None:
+    """A shorter one does: the rate sinks while nothing becomes stored."""
+    window = RateWindow()
+    window.add(18, 180)
+    mock_clock.jump(WINDOW_SECONDS - 1)
+    assert window.rate() == Rate(2, 20)
+    mock_clock.jump(1)
+    assert window.rate() == Rate(0, 0), "the second in which it came is older than the window"
+    window.add(8, 80)
+    mock_clock.jump(2)
+    window.add(2, 20)
+    assert window.rate() == Rate(5, 50)
 
 
 def test_what_is_left() -> None:
