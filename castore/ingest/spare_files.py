@@ -42,14 +42,22 @@ class SpareFiles:
             self._wanted.set()
 
     def take(self, place: str) -> bool:
-        """Move one to its place; False when none is there. Raises OSError."""
+        """Move one to its place; False when none is there, or the disk refuses: the file is made in its place then.
+
+        One that could not be moved is kept for later, behind all others.
+        """
         self.expect()
         if not self._ready:
             return False
+        name = self._ready.popleft()
         try:
-            os.rename(f"{self._folder}/{self._ready.popleft()}", place)
+            os.rename(f"{self._folder}/{name}", place)
         except FileNotFoundError:
             return False  # somebody tidied up
+        except OSError as exc:
+            log.debug("a file that was made ahead is not moved: %s", exc)
+            self._ready.append(name)
+            return False
         return True
 
     async def run(self) -> None:

@@ -62,3 +62,21 @@ async def test_without_a_folder_to_make_them_in_each_file_is_made_when_it_is_cre
         await trio.testing.wait_all_tasks_blocked()
         assert not spares.take(f"{tmp_path}/a")
     assert os.listdir(tmp_path) == []
+
+
+async def test_one_that_cannot_be_moved_is_kept_for_later(tmp_path: Path) -> None:
+    """The file is made in its place, and whoever makes it there is told what is wrong with that place, if anything."""
+    folder, refused = tmp_path / "spare", tmp_path / "refused"
+    folder.mkdir()
+    refused.mkdir()  # for the disk that refuses
+    spares = SpareFiles(folder)
+    spares.expect()
+    async with running(spares):
+        await until_there_are(folder, SPARES)
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(3):
+            assert not spares.take(str(refused))
+        assert len(os.listdir(folder)) == SPARES
+    for number in range(SPARES):
+        assert spares.take(f"{tmp_path}/{number}"), "each of them is of use"
+    assert os.listdir(folder) == []
