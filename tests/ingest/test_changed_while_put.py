@@ -61,6 +61,20 @@ async def test_bytes_that_changed_are_no_location(tmp_path: Path) -> None:
         assert catalog.good_backends(Digest.of(b"other")) == {"local"}
 
 
+async def test_a_put_ends_at_the_first_change(tmp_path: Path) -> None:
+    """Nobody waits for it any more, and its worker does not either: here the backend gives no answer at all."""
+    async with running_ingest(tmp_path) as (ingest, backend, catalog):
+        file = await write_file(ingest, b"first")
+        with trio.fail_after(30):
+            await backend.put_done.wait()
+        progress = ingest.uploader.progress
+        await ingest.files.write(file, 0, b"other")
+        with trio.fail_after(30):
+            await progress.wait()
+        assert catalog.good_backends(Digest.of(b"first")) == set()
+        assert ingest.tree.get(file.inode).state == "receiving"
+
+
 async def test_the_file_that_was_read_changed_and_another_one_waits_for_these_bytes(tmp_path: Path) -> None:
     """Nothing ends that put early, and nobody knows what it read: the bytes are put again, from the other file."""
     async with running_ingest(tmp_path) as (ingest, backend, catalog):

@@ -34,6 +34,7 @@ class Staging:
         self.store = WorkspaceStore(folder / "workspace.db")
         self.hashes = HashQueue()
         self.staged_count = 0
+        self.lost: list[int] = []
         self.files = StagedFiles(
             self.store,
             folder / "data",
@@ -41,6 +42,7 @@ class Staging:
             max_bytes=max_bytes,
             max_bytes_per_user=max_bytes_per_user,
             on_staged=self._count,
+            on_lost=self.lost.append,
         )
 
     def _count(self) -> None:
@@ -240,6 +242,56 @@ async def test_a_change_makes_the_digest_unknown(staging: Staging) -> None:
         assert staging.node(100).state == "receiving"
         await staging.close_file(file)
         assert await staging.digest(100) == Digest.of(b"First")
+
+
+async def test_a_file_cut_to_nothing_is_hashed_as_it_is_written_again(staging: Staging) -> None:
+    """As O_TRUNC does: no background work reads it once more."""
+    file = staging.create(100)
+    await staging.files.write(file, 0, b"first")
+    await staging.close_file(file)
+    file = staging.files.open(staging.node(100), writable=True)
+    for word in (b"second", b"third"):
+        staging.files.truncate(file, 0)
+        await staging.files.write(file, 0, word[:3])
+        await staging.files.write(file, 3, word[3:])
+        await staging.files.flush(file)
+        summary = staging.store.summary(100)
+        assert summary is not None
+        assert summary.digest == Digest.of(word)
+    await staging.files.release(file, writable=True)
+
+
+async def test_a_file_cut_to_nothing_while_it_is_hashed(staging: Staging) -> None:
+    """What was queued before is not in the digest of what comes after."""
+    data = os.urandom(INLINE_BYTES * 2)
+    file = staging.create(100)
+    await staging.files.write(file, 0, data)
+    assert file.pending
+    staging.files.truncate(file, 0)
+    await staging.files.write(file, 0, data[::-1])
+    async with staging.running():
+        await staging.close_file(file)
+        assert await staging.digest(100) == Digest.of(data[::-1])
+
+
+async def test_the_first_change_of_a_staged_file_is_told_and_no_other(staging: Staging) -> None:
+    """To the uploader, which ends the put of what is not wanted any more."""
+    file = staging.create(100)
+    await staging.files.write(file, 0, b"first")
+    await staging.close_file(file)
+    assert staging.lost == []
+    file = staging.files.open(staging.node(100), writable=True)
+    assert staging.lost == [], "opened, and not changed"
+    await staging.files.write(file, 0, b"F")
+    assert staging.lost == [100]
+    await staging.files.write(file, 1, b"I")
+    assert staging.lost == [100]
+    await staging.close_file(file)
+    async with staging.running():
+        await staging.digest(100)
+    file = staging.files.open(staging.node(100), writable=True)
+    staging.files.truncate(file, 2)
+    assert staging.lost == [100, 100]
 
 
 async def test_two_writers(staging: Staging) -> None:

@@ -161,6 +161,23 @@ async def test_sweep_aborts_what_is_abandoned_and_nothing_else(
     assert len(uploads(outside, settings)) == 2
 
 
+async def test_sweep_takes_what_a_server_began_late_and_leaves_the_object(
+    backend: S3Backend, settings: S3Settings, outside: Any
+) -> None:
+    """An upload of a dead request, of an object that is stored by now: no intent tells of it, no put looks again."""
+    digest, data = blob(2 * PART + 1)
+    await backend.put(digest, BytesSource(data))
+    ours = key(settings, digest)
+    upload = outside.create_multipart_upload(Bucket=settings.bucket, Key=ours)
+    outside.upload_part(Bucket=settings.bucket, Key=ours, UploadId=upload["UploadId"], PartNumber=1, Body=data[:PART])
+    assert uploads(outside, settings) == [ours]
+    assert await backend.sweep(is_wanted=lambda wanted: False) == 0, "somebody may work on it"
+    assert uploads(outside, settings) == [ours]
+    assert await backend.sweep(grace_s=-60, is_wanted=lambda wanted: False) == 1
+    assert uploads(outside, settings) == []
+    assert await backend.get(digest, offset=0, length=len(data)) == data
+
+
 async def test_puts_of_one_object_at_once_all_succeed(backend: S3Backend, settings: S3Settings, outside: Any) -> None:
     digest, data = blob(2 * PART + 1)
     async with trio.open_nursery() as nursery:
