@@ -24,7 +24,7 @@ from castore.catalog.records import (
     rows_as_written,
 )
 from castore.catalog.uses import paths_of
-from castore.digest import BlobSummary, Digest
+from castore.digest import CHECKSUM_BYTES, BlobSummary, Digest
 from castore.errors import StateError
 
 _ENTRY: Final = (
@@ -69,6 +69,11 @@ def _entry(row: Any) -> Entry:
 def _blob(row: Any) -> Blob:
     if tuple(map(type, row)) != _BLOB_TYPES or row[3] < 0 or row[4] <= 0:
         raise foreign_row(f"blob {row[0]!r}")
+    if row[5] not in CHECKSUM_BYTES:
+        raise foreign_row(f"blob {row[0]}: block checksums of an unknown algorithm {row[5]!r}")
+    checksum_bytes = -(-row[3] // row[4]) * CHECKSUM_BYTES[row[5]]
+    if len(row[6]) != checksum_bytes:
+        raise foreign_row(f"blob {row[0]}: block checksums of {len(row[6])} bytes instead of {checksum_bytes}")
     with rows_as_written():
         return Blob(row[0], BlobSummary(Digest(row[1], row[2]), *row[3:]))
 

@@ -195,7 +195,8 @@ def make_choice(
         within=EVERYTHING.within if shard is None else shard.digests,
         drawn=EVERYTHING.drawn if part is None else draw(part),
         verified_before_ns=(
-            EVERYTHING.verified_before_ns if older_than is None else time.time_ns() - int(older_than * _NS)
+            # Never below 1: what was never verified, at 0, is older than any time.
+            EVERYTHING.verified_before_ns if older_than is None else max(1, time.time_ns() - int(older_than * _NS))
         ),
         blob_ids=named,
     )

@@ -194,21 +194,46 @@ def test_what_nobody_changes_is_reported_and_stays(make_store: Callable[..., Mou
 
 
 def test_the_unforeseen_is_eio_and_the_mount_lives_on(store: MountedStore) -> None:
-    """A row that no code writes: checksums of an algorithm that nobody knows."""
+    """A row that no code writes: an owner whose number the kernel has no room for."""
     for name in ("a", "b"):
         (store.ingest("odd/1") / name).write_text(name)
     package = store.publish("odd/1")
-    raw = bytes.fromhex(os.getxattr(package / "a", "user.hash.sha256").decode())
     with closing(sqlite3.connect(store.state / "catalog.db")) as catalog, catalog:
-        catalog.execute("UPDATE blobs SET checksum_algorithm = 'md5' WHERE digest = ?", (raw,))
+        catalog.execute("UPDATE entries SET uid = 1 << 40 WHERE name = x'61'")
+    store.umount()
+    store.mount()  # the kernel knows nothing of the file
     for _ in range(3):
         with fails(errno.EIO):
             (package / "a").read_text()
     assert (package / "b").read_text() == "b"
     log = store.state / "log/mount.log"
-    assert log.read_text().count("Traceback") == log.read_text().count("read: unforeseen KeyError") >= 3
+    assert log.read_text().count("Traceback") == log.read_text().count("lookup: unforeseen OverflowError") >= 3
     store.umount()
     log.unlink()  # it was foreseen here
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("checksum_algorithm = 'md5'", "block checksums of an unknown algorithm 'md5'"),
+        ("checksums = x''", "block checksums of 0 bytes instead of 8"),
+    ],
+)
+def test_block_checksums_that_cannot_be_are_told_in_a_line(store: MountedStore, damage: str, said: str) -> None:
+    """They say nothing of the object: it is no reason to call it bad, and verify, which needs none, finds it good."""
+    for name in ("a", "b"):
+        (store.ingest("odd/1") / name).write_text(name)
+    package = store.publish("odd/1")
+    raw = bytes.fromhex(os.getxattr(package / "a", "user.hash.sha256").decode())
+    with closing(sqlite3.connect(store.state / "catalog.db")) as catalog, catalog:
+        catalog.execute(f"UPDATE blobs SET {damage} WHERE digest = ?", (raw,))
+    for _ in range(3):
+        with fails(errno.EIO):
+            (package / "a").read_text()
+    assert (package / "b").read_text() == "b"
+    assert said in store.log()
+    assert "`castore catalog check` names all of them" in store.log()
+    assert "failed: 0, changed: 0, unreachable: 0" in store.castore("storage", "verify")
 
 
 def test_an_attribute_of_another_kind_is_eio_and_the_mount_lives_on(store: MountedStore) -> None:

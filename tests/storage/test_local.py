@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import stat
 import subprocess
 import tempfile
@@ -568,6 +570,35 @@ async def test_what_is_no_file_is_no_object(backend: LocalBackend, make: Callabl
             await backend.head(DIGEST)
         async with backend.list("sha256") as objects:
             assert [item async for item in objects] == []
+
+
+async def test_a_file_where_a_folder_was_holds_no_object(backend: LocalBackend) -> None:
+    """Said to be unreachable, it would never be repaired, nor anybody told that it is gone."""
+    await backend.put(DIGEST, BytesSource(DATA))
+    folder = (backend.path / key_of(DIGEST)).parent
+    shutil.rmtree(folder)
+    folder.touch()
+    with pytest.raises(ObjectMissing):
+        await backend.get(DIGEST, offset=0, length=1)
+    with pytest.raises(ObjectMissing):
+        await backend.head(DIGEST)
+    async with backend.list("sha256") as objects:
+        assert [item async for item in objects] == []
+    with pytest.raises(StorageUnavailable, match=re.escape(f"Not a directory ({folder})")):
+        await backend.put(DIGEST, BytesSource(DATA))
+    folder.unlink()
+    folder.mkdir()
+    (backend.path / key_of(DIGEST)).mkdir()
+    with pytest.raises(StorageUnavailable, match=re.escape(f"Is a directory ({DIGEST.hex})")):
+        await backend.put(DIGEST, BytesSource(DATA))
+
+
+async def test_a_root_that_is_a_file_is_no_loss_of_objects(backend: LocalBackend) -> None:
+    shutil.rmtree(backend.path)
+    backend.path.touch()
+    for call in (backend.head(DIGEST), backend.get(DIGEST, offset=0, length=1)):
+        with pytest.raises(StorageUnavailable, match="is not a directory: mount it or run `castore init`"):
+            await call
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -64,7 +64,9 @@ class DurableTree:
         try:
             os.stat(self.root / ROOT_MARK)
         except (FileNotFoundError, NotADirectoryError) as exc:
-            state = f"has no {ROOT_MARK}" if self.root.is_dir() else "is not there"
+            state = f"has no {ROOT_MARK}"
+            if not self.root.is_dir():
+                state = "is not a directory" if self.root.exists() else "is not there"
             raise StorageUnavailable(f"{self.root} {state}: mount it or run `castore init`") from exc
 
     def write(self, folder: str, name: str, *, fill: Callable[[int], None], commit: Callable[[], bool]) -> None:

@@ -146,7 +146,7 @@ class LocalBackend:
         try:
             # Not blocking: should a pipe lie there, opening it would wait for a writer, for ever.
             fd = os.open(self._path(digest), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except FileNotFoundError as exc:
+        except (FileNotFoundError, NotADirectoryError) as exc:  # the second: a file is where a folder was
             raise self._missing(digest) from exc
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
@@ -207,7 +207,7 @@ class LocalBackend:
     def _head(self, digest: Digest) -> ObjectInfo:
         try:
             status = os.stat(self._path(digest))
-        except FileNotFoundError as exc:
+        except (FileNotFoundError, NotADirectoryError) as exc:  # the second: a file is where a folder was
             raise self._missing(digest) from exc
         if not stat.S_ISREG(status.st_mode):
             raise self._missing(digest)
