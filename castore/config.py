@@ -147,7 +147,8 @@ class CacheSettings:
 class IngestSettings:
     """How files come in. `max_bytes_per_user` 0 means no bound; `keep_owner` keeps uid and gid of published files.
 
-    A version in which nothing changed for `expire_after_seconds` is reported; 0 for never.
+    A version in which nothing changed for `expire_after_seconds` is reported; 0 for never. What broken puts left is
+    removed `sweep_after_seconds` after a mount for the first time.
     """
 
     default_retention_class: str
@@ -157,6 +158,7 @@ class IngestSettings:
     max_bytes_per_user: int
     keep_owner: bool = False
     expire_after_seconds: float = 0
+    sweep_after_seconds: float = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,6 +348,7 @@ def _ingest(top: Table) -> IngestSettings:
             "max_bytes_per_user",
             "keep_owner",
             "expire_after",
+            "sweep_after",
         ),
     )
     return IngestSettings(
@@ -362,6 +365,8 @@ def _ingest(top: Table) -> IngestSettings:
         max_bytes_per_user=table.size("max_bytes_per_user", 0),
         keep_owner=table.boolean("keep_owner", False),
         expire_after_seconds=table.duration("expire_after", "0s", maximum="87600h"),
+        # Who waited for the mount reads from it in the first minute, and a sweep takes a fifth of a second of one core.
+        sweep_after_seconds=table.duration("sweep_after", "60s", maximum="1h"),
     )
 
 

@@ -275,8 +275,9 @@ class Daemon:
                     is_busy=lambda: blobs.is_fetching,
                 )
             )
+        first_s = self._config.ingest.sweep_after_seconds
         for settings in self._config.backends.values():
-            nursery.start_soon(partial(sweep_always, settings, is_wanted=ingest.leftovers.is_wanted))
+            nursery.start_soon(partial(sweep_always, settings, first_s=first_s, is_wanted=ingest.leftovers.is_wanted))
         commands = Commands(
             self._config.ingest,
             ingest=ingest,

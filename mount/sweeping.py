@@ -16,17 +16,13 @@ from castore.storage.open import sweep_backend
 SWEEP_SECONDS: Final = 3600.0
 """Between two sweeps: as long as leftovers have to be silent before they count as abandoned."""
 
-FIRST_SWEEP_SECONDS: Final = 60.0
-"""Before the first one: whoever waited for the mount reads from it now, and a sweep takes a fifth of a second of one
-core."""
-
 log = logging.getLogger(__name__)
 
 
 async def sweep_always(
     settings: BackendSettings,
     *,
-    first_s: float = FIRST_SWEEP_SECONDS,
+    first_s: float,
     every_s: float = SWEEP_SECONDS,
     is_wanted: Callable[[Digest], bool] | None = None,
 ) -> None:

@@ -60,6 +60,7 @@ max_bytes = "1.5GiB"
 default_retention_class = "short-lived"
 publish_wait = "500ms"
 sync_wait = "2h"
+sweep_after = "0s"
 staging_max_bytes = 1000
 max_bytes_per_user = "10 MB"
 keep_owner = true
@@ -113,6 +114,7 @@ listen = "[::]:0"
     assert (config.ingest.publish_wait_seconds, config.ingest.sync_wait_seconds) == (0.5, 7200.0)
     assert (config.ingest.staging_max_bytes, config.ingest.max_bytes_per_user) == (1000, 10_000_000)
     assert config.ingest.keep_owner is True
+    assert config.ingest.sweep_after_seconds == 0
     assert config.block_digest == "sha256", "one of the backends wants it"
     assert list(config.backends) == ["local", "rgw"]
     assert config.backends["local"] == LocalSettings("local", tmp_path / "sub/objects")
@@ -163,6 +165,7 @@ def test_defaults_of_a_file(tmp_path: Path) -> None:
     assert (config.ingest.publish_wait_seconds, config.ingest.sync_wait_seconds) == (5.0, 600.0)
     assert (config.ingest.staging_max_bytes, config.ingest.max_bytes_per_user) == (100 * 2**30, 0)
     assert config.ingest.keep_owner is False
+    assert config.ingest.sweep_after_seconds == 60
     assert (config.routing.default, config.routing.function, config.routing.rules) == ("local", None, ())
     assert (config.verify.every_seconds, config.verify.bytes_per_s, config.verify.backends) == (0, 20 * 2**20, ())
     assert (config.http.host, config.http.port) == ("127.0.0.1", 8750)

@@ -48,6 +48,7 @@ dir = {cache_dir}
 # max_bytes_per_user = 0          # what one user may have staged; 0: no bound of its own
 # keep_owner = false              # whether published files keep the owner and group they had
 # expire_after = "0s"             # report versions in which nothing changed for so long, such as "720h"; "0s": none
+# sweep_after = "60s"             # how long after a mount what broken puts left is removed first; then every hour
 
 [backends.local]
 type = "local"

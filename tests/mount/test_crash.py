@@ -25,7 +25,6 @@ from castore.catalog.writer import CatalogWriter
 from castore.digest import MANIFEST_ALGORITHM, Digest
 from castore.storage.backends.local import LocalBackend
 from castore.storage.source import BytesSource
-from mount.sweeping import FIRST_SWEEP_SECONDS
 from tests.mount.crash_round import CrashRounds, rows
 from tests.mount.daemons import descriptor
 from tests.mount.store import WAIT_SECONDS, MountedStore, wait_until
@@ -130,7 +129,9 @@ def test_inode_numbers_are_not_given_again(store: MountedStore) -> None:
     assert (box / "c").stat().st_ino not in (kept, gone)
 
 
-def test_leftovers_of_dead_processes_go(store: MountedStore) -> None:
+def test_leftovers_of_dead_processes_go(make_store: Callable[..., MountedStore]) -> None:
+    store = make_store('sweep_after = "0s"')
+    store.mount()
     package = store.ingest("left/1")
     (package / "a").write_text("a")
     store.publish("left/1")
@@ -146,7 +147,7 @@ def test_leftovers_of_dead_processes_go(store: MountedStore) -> None:
         catalog.run_sync(lambda transaction: transaction.add_intents(intended, owner="a process that is gone"))
     store.mount()
     assert staged_names(store) == set()
-    wait_until(lambda: not half_put.exists(), "the half put is swept", FIRST_SWEEP_SECONDS + WAIT_SECONDS)
+    wait_until(lambda: not half_put.exists(), "the half put is swept")
     wait_until(lambda: not list((store.state / "staging/manifests").iterdir()), "no manifest is left")
     assert rows(store.state / "catalog.db", "SELECT * FROM put_intents") == []
 
