@@ -61,11 +61,18 @@ class Follower:
     """For one state directory, whose lock the caller holds. Raises ConfigError for what cannot be followed at all."""
 
     def __init__(
-        self, url: str, store: StoreSettings, settings: FollowSettings, *, stalled_seconds: float = STALLED_SECONDS
+        self,
+        url: str,
+        store: StoreSettings,
+        settings: FollowSettings,
+        *,
+        stalled_seconds: float = STALLED_SECONDS,
+        ask_every_seconds: float = ASK_EVERY_SECONDS,
     ) -> None:
         self._litestream = Litestream(url, settings)
         self._store = store
         self._stalled_seconds = stalled_seconds
+        self._ask_every_seconds = ask_every_seconds
         self._following: Following | None = None
         self._transaction = 0
         self._newest = 0
@@ -186,7 +193,7 @@ class Follower:
                 self._ask_error = ""
                 self._newest, self._asked_ns = newest, asked_ns
                 self._note_age()
-            await trio.sleep(ASK_EVERY_SECONDS)
+            await trio.sleep(self._ask_every_seconds)
 
     def _note_age(self) -> None:
         if self._asked_ns and self._transaction == self._newest:

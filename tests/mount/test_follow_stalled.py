@@ -43,7 +43,7 @@ async def test_it_is_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture
     run_tool(find_program(), "replicate", "-once", catalog, url)
     store = StoreSettings(tmp_path / "state")
     store.state_dir.mkdir()
-    follower = Follower(url, store, FollowSettings(), stalled_seconds=1)
+    follower = Follower(url, store, FollowSettings(), stalled_seconds=1, ask_every_seconds=0.25)
     follower.begin()
     before = follower.state().transaction
     try:
