@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 
+from tests.mount.store import wait_until
+from tests.servers.relay import Relay
 from tests.servers.seaweedfs import SeaweedFS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,3 +95,26 @@ def engine() -> Iterator[str]:
 def test_where_a_docker_engine_answers_a_container_is_collected() -> None:
     with engine() as address:
         assert "minio" in servers_of(run_tests("-q", "--collect-only", DOCKER_HOST=address))
+
+
+def test_a_relay_keeps_nothing_of_connections_that_ended() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, Relay(server.getsockname()[1]) as relay:
+
+        def carry(*, caller_ends_first: bool) -> None:
+            with socket.create_connection(("127.0.0.1", relay.port)) as caller:
+                caller.sendall(b"asked")
+                answering = server.accept()[0]
+                with answering:
+                    assert answering.recv(5) == b"asked"
+                    answering.sendall(b"answered")
+                    (caller if caller_ends_first else answering).shutdown(socket.SHUT_WR)
+                    assert caller.recv(8) == b"answered"
+
+        before = open_descriptors()
+        for number in range(20):
+            carry(caller_ends_first=bool(number % 2))
+        wait_until(lambda: open_descriptors() <= before, "the relay has closed what ended")
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))

@@ -184,4 +184,6 @@ class MountedStore:
 
 
 def _has_ended(descriptor: int) -> bool:
-    return bool(select.select([descriptor], [], [], 0)[0])
+    ends = select.poll()  # not `select`, which knows the first 1024 descriptors
+    ends.register(descriptor, select.POLLIN)
+    return bool(ends.poll(0))

@@ -68,17 +68,25 @@ class Relay:
         if is_cut:
             _end(server)
             return
-        threading.Thread(target=self._pass_on, args=(server, caller), daemon=True).start()
-        self._pass_on(caller, server)
+        back = threading.Thread(target=_pass_on, args=(server, caller), daemon=True)
+        back.start()
+        _pass_on(caller, server)
+        back.join()
+        with self._lock:
+            self._open -= {caller, server}
+        _end(caller)
+        _end(server)
 
-    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(_PIECE):
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-            return
-        _end(source)
-        _end(sink)
+
+def _pass_on(source: socket.socket, sink: socket.socket) -> None:
+    """One direction, until it ends; when it breaks, so does the other one."""
+    with suppress(OSError):
+        while data := source.recv(_PIECE):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+        return
+    _end(source)
+    _end(sink)
 
 
 def _end(connection: socket.socket) -> None:
