@@ -6,7 +6,7 @@ import os
 import stat
 import time
 from collections.abc import Sequence
-from typing import cast
+from typing import Final, cast
 
 import pyfuse3
 import trio
@@ -37,6 +37,8 @@ from mount.statfs import statfs_of
 ReadableTree = PackagesTree | IngestFiles | ByDigestTree | ControlTree
 
 _TOP = {b"packages": PACKAGES, b"ingest": INGEST_ROOT, b"by-digest": BY_DIGEST, b".castore": CONTROL}
+_DOTS: Final = 2
+"""How many entries come before those of a tree in each listing, and so by how much their cookies are higher."""
 
 
 class CastoreOperations(pyfuse3.Operations):
@@ -156,14 +158,30 @@ class CastoreOperations(pyfuse3.Operations):
 
     @guarded
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """`.` and `..` come first: programs count them. A child's cookie is that of its tree, behind those two."""
+        if start_id < _DOTS and not self._dots(fh, start_id, token):
+            return
+        after = max(0, start_id - _DOTS)
         if fh == ROOT:
             for name, inode in list(self._top.items()):
-                if inode > start_id and not pyfuse3.readdir_reply(token, name, self._attributes(inode), inode):
+                if inode > after and not pyfuse3.readdir_reply(token, name, self._attributes(inode), inode + _DOTS):
                     return
             return
-        for cookie, name, attributes in self._of(fh).children(fh, start_id):
-            if not pyfuse3.readdir_reply(token, name, attributes, cookie):
+        for cookie, name, attributes in self._of(fh).children(fh, after):
+            if not pyfuse3.readdir_reply(token, name, attributes, cookie + _DOTS):
                 return
+
+    def _dots(self, inode: int, start_id: int, token: pyfuse3.ReaddirToken) -> bool:
+        """Whether both are in the reply, or in an earlier one. Of them the kernel takes number and type, no more."""
+        above = ROOT if inode == ROOT else self._parent(inode)
+        for cookie, name, number in ((1, b".", inode), (_DOTS, b"..", above)):
+            if cookie > start_id:
+                attributes = pyfuse3.EntryAttributes()
+                attributes.st_ino = number
+                attributes.st_mode = stat.S_IFDIR | 0o755
+                if not pyfuse3.readdir_reply(token, name, attributes, cookie):
+                    return False
+        return True
 
     async def releasedir(self, fh: int) -> None:
         """An open directory is its inode number: nothing to release."""

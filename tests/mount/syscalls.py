@@ -15,6 +15,8 @@ _STATX_BASIC_STATS: Final = 0x7FF
 _TIME: Final = "qI4x"
 _STATX: Final = struct.Struct(f"=IIQIIIH2xQQQQ{_TIME}{_TIME}{_TIME}{_TIME}")
 """Of the 256 bytes of `struct statx` (statx(2)), those up to stx_mtime."""
+_DIRENT: Final = struct.Struct("=QqHB")
+"""Of a `struct linux_dirent64` (getdents(2)), what comes before its name."""
 
 
 def forced_stat(path: str) -> os.stat_result:
@@ -30,3 +32,23 @@ def forced_stat(path: str) -> os.stat_result:
     whole = (mode, inode, 0, nlink, uid, gid, size_bytes, modified[0], modified[0], changed[0])
     extra = {f"st_{name}_ns": time[0] * 10**9 + time[1] for name, time in (("mtime", modified), ("ctime", changed))}
     return os.stat_result(whole, extra)
+
+
+def listed(path: str, buffer_bytes: int) -> list[tuple[bytes, int]]:
+    """Name and number of each entry, `.` and `..` too, as a program gets them that asks for so few at a time."""
+    found: list[tuple[bytes, int]] = []
+    buffer = ctypes.create_string_buffer(buffer_bytes)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        while (count := _LIBC.getdents64(descriptor, buffer, buffer_bytes)) > 0:
+            start = 0
+            while start < count:
+                inode, _, length, _ = _DIRENT.unpack_from(buffer, start)
+                found.append((buffer.raw[start + _DIRENT.size : start + length].split(b"\0")[0], inode))
+                start += length
+        if count:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), path)
+    finally:
+        os.close(descriptor)
+    return found

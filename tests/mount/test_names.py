@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.store import MountedStore, fails, run_tool
+from tests.mount.syscalls import listed
 from tests.mount.trees import assert_same, snapshot
 
 _NAMES = [
@@ -143,6 +144,29 @@ def test_10000_files_in_a_directory(shared_store: MountedStore) -> None:
     for name in sorted(names)[::500]:
         assert (package / name).read_text() == name[-1]
     assert len({entry.inode() for entry in os.scandir(package)}) == len(names)
+
+
+@pytest.mark.parametrize("buffer_bytes", [32, 32768])
+def test_a_listing_begins_with_the_directory_and_the_one_above(shared_store: MountedStore, buffer_bytes: int) -> None:
+    """As on a disk: there are programs that take a directory with two entries for an empty one."""
+    ref = f"dots/{buffer_bytes}"
+    box = shared_store.ingest(ref)
+    (box / "in").mkdir()
+    for letter in "abc":
+        (box / "in" / letter).write_text(letter)
+    shared_store.ingest(f"dots/{buffer_bytes}-stays")
+    package = shared_store.publish(ref)
+    mnt = shared_store.mnt
+    shared_store.ingest(ref)
+    below = [mnt / "ingest" / ref, package / "in", package, mnt / "by-digest/sha256/00", mnt / ".castore"]
+    for folder in {parent for path in below for parent in (path, *path.parents) if parent.is_relative_to(mnt)}:
+        entries = listed(str(folder), buffer_bytes)
+        assert entries[:2] == [(b".", folder.stat().st_ino), (b"..", (folder / "..").stat().st_ino)] or folder == mnt
+        assert [name for name, _ in entries[:2]] == [b".", b".."]
+        assert sorted(os.fsdecode(name) for name, _ in entries[2:]) == sorted(os.listdir(folder))
+        for name, inode in entries[2:]:
+            assert inode == os.lstat(folder / os.fsdecode(name)).st_ino
+    assert [name for name, _ in listed(str(package / "in"), buffer_bytes)[2:]] == [b"a", b"b", b"c"]
 
 
 def _listed_once(folder: Path) -> set[str]:
