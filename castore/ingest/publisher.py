@@ -50,8 +50,8 @@ from castore.storage.spi import StorageBackend
 log = logging.getLogger(__name__)
 
 UNFINISHED: Final = ("staged", "uploading", "receiving")
-FORGET_BATCH: Final = 2000
-"""Nodes forgotten in one go after a publish: about 20 ms of the loop."""
+FORGET_BATCH: Final = 250
+"""Nodes forgotten in one go after a publish: 9 ms of the loop. With 2000 it was 56 ms."""
 MANIFEST_SECONDS: Final = 1.0
 MANIFEST_BYTES_PER_S: Final = 4 << 20
 """What the manifest's put may take when all of `wait_seconds` went by before, and the time for its bytes beside that:
