@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from castore.cli.init import make_store
+from castore.config import load_config
 from castore.mountinfo import mount_at
 from tests.places import Place
 
@@ -94,7 +96,8 @@ class MountedStore:
         self.state = root / "state"
         self.objects = root / "objects"
         self.pid = 0
-        self.castore("init")
+        _, errors = make_store(load_config(self.config))  # as `castore init` does, without a process of its own
+        assert not errors, errors
 
     # commands
 
