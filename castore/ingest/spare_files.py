@@ -32,9 +32,15 @@ class SpareFiles:
         self._wanted = trio.Event()
 
     def clear(self) -> None:
-        """Remove what an earlier daemon left. After a power cut a name may be that of a file that is in use."""
+        """Remove what an earlier daemon left. After a power cut a name may be that of a file that is in use.
+
+        What cannot be removed stays, with a line of log: it is in nobody's way but that of a file made ahead.
+        """
         for item in os.scandir(self._folder):
-            os.unlink(item.path)
+            try:
+                os.unlink(item.path)
+            except OSError as exc:
+                log.warning("%s: stays where files are made ahead; remove it yourself: %s", item.path, exc.strerror)
 
     def expect(self) -> None:
         """Files are about to be created."""

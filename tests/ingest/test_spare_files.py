@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 import trio
 import trio.testing
 
 from castore.ingest.spare_files import SPARES, SpareFiles
-from tests.mount.store import wait_until
+from tests.mount.store import WAIT_SECONDS, wait_until
 
 
 @asynccontextmanager
@@ -29,6 +30,15 @@ async def until_there_are(folder: Path, count: int) -> None:
     await trio.to_thread.run_sync(wait)
 
 
+async def take_when_there(spares: SpareFiles, place: str) -> None:
+    """The thread that makes them comes back a moment after the last is made."""
+    with trio.fail_after(WAIT_SECONDS):
+        while True:
+            if spares.take(place):
+                return
+            await trio.sleep(0.01)
+
+
 async def test_they_are_made_when_they_are_wanted_and_no_more(tmp_path: Path) -> None:
     folder, target = tmp_path / "spare", tmp_path / "data"
     folder.mkdir()
@@ -41,8 +51,8 @@ async def test_they_are_made_when_they_are_wanted_and_no_more(tmp_path: Path) ->
         await trio.testing.wait_all_tasks_blocked()
         assert not spares.take(f"{target}/early"), "nobody said that files would come"
         await until_there_are(folder, SPARES)
-        await trio.testing.wait_all_tasks_blocked()
-        for number in range(SPARES // 2 - 1):
+        await take_when_there(spares, f"{target}/first")
+        for number in range(SPARES // 2 - 2):
             assert spares.take(f"{target}/{number}")
             spares.expect()
         await trio.testing.wait_all_tasks_blocked()
@@ -80,3 +90,17 @@ async def test_one_that_cannot_be_moved_is_kept_for_later(tmp_path: Path) -> Non
     for number in range(SPARES):
         assert spares.take(f"{tmp_path}/{number}"), "each of them is of use"
     assert os.listdir(folder) == []
+
+
+async def test_what_cannot_be_removed_stays_and_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "3").mkdir()
+    (tmp_path / "of an earlier daemon").write_bytes(b"bytes")
+    spares = SpareFiles(tmp_path)
+    spares.clear()
+    assert os.listdir(tmp_path) == ["3"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}/3: stays where files are made ahead; remove it yourself: Is a directory"
+    ]
+    async with running(spares):
+        spares.expect()
+        await take_when_there(spares, f"{tmp_path}/taken")  # those before it are made all the same
