@@ -135,9 +135,15 @@ async def test_every_second_file_gets_nothing_ahead(tree: Tree, nursery: trio.Nu
     assert reader.stats.prefetched == 0
 
 
-@pytest.mark.parametrize("share", [1, 4, 64], ids="{} files each".format)
-async def test_several_readers_share_a_list(tree: Tree, nursery: trio.Nursery, mock_clock: Still, share: int) -> None:
-    """As `xargs -P 8 -n SHARE cat` does."""
+@pytest.mark.parametrize(("share", "least"), [(1, 350), (4, 150), (64, 300)], ids=["1 file", "4 files", "64 files"])
+async def test_several_readers_share_a_list(
+    tree: Tree, nursery: trio.Nursery, mock_clock: Still, share: int, least: int
+) -> None:
+    """As `xargs -P 8 -n SHARE cat` does.
+
+    Who has the next turn is drawn by trio, and `least` lies far below what 60 draws gave: 444 to 482 files of one each,
+    248 to 387 of four, 376 to 398 of 64.
+    """
     reader = await started(tree, nursery)
     tree.world["first"].turns = 100
     files = [path for folder in range(10) for path in await tree.fill(f"d{folder}", 50, 12 * KIB)]
@@ -153,7 +159,7 @@ async def test_several_readers_share_a_list(tree: Tree, nursery: trio.Nursery, m
             readers.start_soon(one)
     await trio.testing.wait_all_tasks_blocked()
     assert sorted(tree.gets()) == files  # each once
-    assert reader.stats.prefetched >= 250
+    assert reader.stats.prefetched >= least
     assert max(get.under_way for get in tree.world["first"].gets) > 8
     assert reader.stats.prefetched_unread == 0
 
