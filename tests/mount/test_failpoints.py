@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import threading
@@ -119,8 +120,14 @@ def check_no_leftovers(store: MountedStore) -> None:
     wait_until(lambda: rows(store.state / "catalog.db", "SELECT * FROM put_intents") == [], "no intent is left")
     assert store.status()["staged_bytes"] == 0
     assert names(store.objects / "manifest-sha256") == known(store, "manifest-sha256")
-    # Perhaps one more than the package has: a half-written file is stored as far as it came, until it is written on.
-    assert names(store.objects / "sha256") == known(store, "sha256")
+    # Perhaps one more than the package has: a half-written file is stored as far as it came, until it is written on. If
+    # that is done while it is put, nobody knows what was put, and the object is left to garbage collection.
+    there, expected = names(store.objects / "sha256"), known(store, "sha256")
+    assert there >= expected
+    if left := there - expected:
+        assert left <= {hashlib.sha256(FILES["dir/large"][:size]).hexdigest() for size in (1 << 20, 2 << 20)}
+        store.castore("storage", "gc", "--grace", "0s", "--delete")
+        assert names(store.objects / "sha256") == known(store, "sha256")
     assert len(known(store, "manifest-sha256")) == 1
 
 
