@@ -126,7 +126,8 @@ class MountedStore:
 
     def umount(self) -> None:
         """Drain and unmount."""
-        self.castore("umount", str(self.mnt))
+        done = self.run("umount", str(self.mnt))
+        assert done.returncode == 0, f"castore umount: {done.stdout}{done.stderr}{self.log()[-4000:]}"
         self.pid = 0
 
     def kill(self, number: int = signal.SIGKILL) -> None:
