@@ -96,10 +96,14 @@ class MountedStore:
         self.state = root / "state"
         self.objects = root / "objects"
         self.pid = 0
-        _, errors = make_store(load_config(self.config))  # as `castore init` does, without a process of its own
-        assert not errors, errors
+        self.init()
 
     # commands
+
+    def init(self) -> None:
+        """Make what `castore init` makes, without a process of its own."""
+        _, errors = make_store(load_config(self.config))
+        assert not errors, errors
 
     def run(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """`castore ARGUMENTS`, whatever its exit code; output captured as text."""

@@ -59,6 +59,9 @@ class Overheard(MountedStore):
     def hear(self, what: str, text: str) -> None:
         self.heard[f"{len(self.heard)} {what}"] = text
 
+    def init(self) -> None:
+        self.castore("init")
+
     def run(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         done = super().run("--log-level", "debug", *arguments, **{"env": self.environ, **options})
         self.hear(" ".join(arguments), done.stdout + done.stderr)
