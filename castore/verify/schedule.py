@@ -58,7 +58,7 @@ async def scrub_always(
 async def _scrub_once(
     settings: VerifySettings, catalog_path: Path, chosen: Mapping[str, BackendSettings], is_busy: Callable[[], bool]
 ) -> None:
-    choice = Choice(verified_before_ns=max(1, time.time_ns() - int(settings.every_seconds * _NS)))
+    choice = Choice(verified_before_ns=time.time_ns() - int(settings.every_seconds * _NS))
     due = await trio.to_thread.run_sync(_due, catalog_path, choice, chosen)
     if not due:
         return

@@ -555,6 +555,15 @@ async def test_a_cancelled_scan_reads_no_further(backend: LocalBackend) -> None:
     assert taker.taken == 1
 
 
+async def check_it_holds_nothing(backend: LocalBackend) -> None:
+    with pytest.raises(ObjectMissing):
+        await backend.get(DIGEST, offset=0, length=1)
+    with pytest.raises(ObjectMissing):
+        await backend.head(DIGEST)
+    async with backend.list("sha256") as objects:
+        assert [item async for item in objects] == []
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 async def test_what_is_no_file_is_no_object(backend: LocalBackend, make: Callable[[Path], None]) -> None:
     """Opening a pipe would even wait for whoever writes to it."""
@@ -564,12 +573,7 @@ async def test_what_is_no_file_is_no_object(backend: LocalBackend, make: Callabl
     make(stored)
     with trio.fail_after(5):
         for _ in range(2):
-            with pytest.raises(ObjectMissing):
-                await backend.get(DIGEST, offset=0, length=1)
-        with pytest.raises(ObjectMissing):
-            await backend.head(DIGEST)
-        async with backend.list("sha256") as objects:
-            assert [item async for item in objects] == []
+            await check_it_holds_nothing(backend)
 
 
 async def test_a_file_where_a_folder_was_holds_no_object(backend: LocalBackend) -> None:
@@ -578,12 +582,7 @@ async def test_a_file_where_a_folder_was_holds_no_object(backend: LocalBackend) 
     folder = (backend.path / key_of(DIGEST)).parent
     shutil.rmtree(folder)
     folder.touch()
-    with pytest.raises(ObjectMissing):
-        await backend.get(DIGEST, offset=0, length=1)
-    with pytest.raises(ObjectMissing):
-        await backend.head(DIGEST)
-    async with backend.list("sha256") as objects:
-        assert [item async for item in objects] == []
+    await check_it_holds_nothing(backend)
     with pytest.raises(StorageUnavailable, match=re.escape(f"Not a directory ({folder})")):
         await backend.put(DIGEST, BytesSource(DATA))
     folder.unlink()
